@@ -1,0 +1,1 @@
+"""Drafter architectures, one file each."""

@@ -1,0 +1,1 @@
+"""Training: target-made data, features, the loop, checkpoints."""

@@ -1,0 +1,1 @@
+"""Measurement: the runner, the clock, the metrics and the statistics."""

@@ -1,0 +1,171 @@
+"""The contracts that everything else is built on: trees, targets, drafters.
+
+Rows and nodes. One verification step feeds the target ``N + 1`` tokens: the *root* (the last committed token, whose
+key and value are not in the cache yet) and the ``N`` draft tokens of a tree. *Node* ``i`` (0 … N-1) is a draft token;
+*row* ``i + 1`` is its line in the target's output and row 0 is the root's. A parent of -1 is the root, so the row of a
+node's parent is always ``parents[i] + 1``. Parents come before their children. Row ``r``'s logits are the target's
+distribution of the token that *follows* row ``r``.
+
+Shape legend: N draft tokens, V target vocabulary, H target hidden size, L prompt tokens, A accepted rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ShapeKind = Literal["chain", "static", "dynamic", "sampled"]
+VerifyRule = Literal["greedy", "coupled", "rejection", "traversal"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeShape:
+    """What a drafter may propose in one step.
+
+    ``chain``: one path. ``static``: a fixed topology filled with the top-ranked children. ``dynamic``: grown by the
+    cumulative draft probability and re-ranked to the budget (EAGLE-2, arXiv 2406.16858). ``sampled``: the fixed
+    topology filled with children drawn without replacement from the draft distribution.
+
+    Attributes:
+        kind: One of the four above.
+        budget: Draft tokens verified by one target forward, root excluded (N at most).
+        depth: Longest root-to-leaf path, in draft tokens.
+        top_k: Children expanded a node (1 for a chain).
+    """
+
+    kind: ShapeKind = "dynamic"
+    budget: int = 7
+    depth: int = 4
+    top_k: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """A proposal: ``N`` draft tokens under the root (N = 0 is plain autoregressive decoding).
+
+    Attributes:
+        tokens: ``[N]`` int64, ids in the target's vocabulary.
+        parents: Length N; ``parents[i]`` is -1 (the root) or a node index smaller than ``i``. Children of one parent
+            are listed in the order in which verification must try them (the order in which they were drawn).
+        depths: Length N; 1 for a child of the root.
+        log_probs: ``[N]`` float32, the drafter's log-probability of each token given its parent's path.
+        draft_probs: ``[N + 1, V]`` float32 or None. Row ``r`` is the full draft distribution from which the children
+            of row ``r`` were drawn without replacement (zeros for leaves). None: children were chosen
+            deterministically, so their proposal distribution is a point mass each.
+    """
+
+    tokens: Tensor
+    parents: Sequence[int]
+    depths: Sequence[int]
+    log_probs: Tensor
+    draft_probs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What one target forward over a tree gives.
+
+    Attributes:
+        logits: ``[N + 1, V]`` float32.
+        features: ``[N + 1, 3H]`` in the target's dtype: the hidden states that enter three layers, low to high.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verification decided: the accepted path and the token that follows it.
+
+    Attributes:
+        path: Accepted node indices from the root's child downwards (may be empty).
+        next_token: The bonus or correction token; its distribution is what makes the rule lossless.
+    """
+
+    path: list[int]
+    next_token: int
+
+
+class TargetState(Protocol):
+    """A sequence being decoded: its committed tokens and their cache."""
+
+    tokens: list[int]
+    """Prompt and committed tokens; the last one is the root of the next step and is not in the cache yet."""
+    features: Tensor
+    """``[L, 3H]`` features of the prompt, for the drafter's own prefill."""
+    next_logits: Tensor
+    """``[V]`` float32 logits of the token that follows the prompt."""
+
+    def commit(self, path: Sequence[int], next_token: int) -> None:
+        """Keep the root and the accepted nodes of the last forward in the cache, drop the rest, append the tokens."""
+
+
+class Drafter(Protocol):
+    """Proposes; only the engine verifies, commits and times.
+
+    Life of one sequence: ``begin`` once after the target's prefill and its first sampled token, then ``propose`` and
+    ``commit`` in turn. A drafter may keep state between calls but must not depend on earlier sequences.
+    """
+
+    name: str
+
+    def begin(self, state: TargetState, max_length: int) -> None:
+        """Prepare for a new sequence of at most ``max_length`` tokens in all (``state.tokens`` ends with the root)."""
+
+    def propose(
+        self, state: TargetState, shape: TreeShape, *, temperature: float, generator: torch.Generator
+    ) -> TokenTree:
+        """Return a tree of at most ``shape.budget`` tokens under ``state.tokens[-1]``.
+
+        ``temperature`` 0 means greedy decoding. Only ``sampled`` shapes draw from ``generator``.
+        """
+
+    def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
+        """Learn what was kept, after ``state.commit``.
+
+        Args:
+            state: Its last ``num_accepted + 1`` tokens are the accepted draft tokens and the next root.
+            num_accepted: Accepted draft tokens of this step.
+            features: ``[num_accepted + 1, 3H]`` target features of the old root and of the accepted tokens.
+        """
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One verification step as it was: counts and milliseconds, nothing derived."""
+
+    num_nodes: int
+    depth: int
+    num_accepted: int
+    num_emitted: int
+    draft_ms: float
+    verify_ms: float
+    other_ms: float
+
+
+@dataclass(slots=True)
+class Generation:
+    """One decoded answer with its raw measurements.
+
+    Attributes:
+        token_ids: Output tokens, the first (sampled from the prefill) included, cut at EOS and the limit.
+        stop_reason: ``eos``, ``length`` or ``context``.
+        prefill_s: Target and drafter prefill up to and including the first token.
+        decode_s: Everything after it; ``len(token_ids) - 1`` tokens were emitted in this time.
+        steps: One record a verification step.
+    """
+
+    token_ids: list[int]
+    stop_reason: str
+    prefill_s: float
+    decode_s: float
+    steps: list[StepRecord] = field(default_factory=list)

@@ -1,0 +1,48 @@
+"""The errors a user may meet, each with its exit code, so that the CLI turns any of them into one clear sentence.
+
+A message names the offending value and what would be right. Everything else that escapes is a bug and shows a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VsdbenchError(Exception):
+    """Base of every error that is the user's to fix; ``exit_code`` is what the process ends with."""
+
+    exit_code = 1
+
+
+class GateError(VsdbenchError):
+    """A check of the results failed: a lossless rule was violated, or a regression gate was crossed."""
+
+    exit_code = 1
+
+
+class ConfigError(VsdbenchError):
+    """Usage or configuration is wrong: unknown key, unknown name, value out of range, missing file."""
+
+    exit_code = 2
+
+
+class EnvironmentProblemError(VsdbenchError):
+    """The machine cannot do it: hub unreachable, wrong sha256, disk full, out of memory, no such device."""
+
+    exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest known name, else the list of the known ones.
+
+    >>> did_you_mean("mtbanch", ["mtbench", "gsm8k"])
+    " Did you mean 'mtbench'?"
+    >>> did_you_mean("zzz", ["b", "a"])
+    ' Known: a, b.'
+    """
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""

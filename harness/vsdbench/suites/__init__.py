@@ -1,0 +1,1 @@
+"""Suites: prompts with a version, a source, a licence and a hash."""
