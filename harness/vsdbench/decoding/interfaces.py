@@ -105,8 +105,13 @@ class TargetState(Protocol):
     next_logits: Tensor
     """``[V]`` float32 logits of the token that follows the prompt."""
 
-    def commit(self, path: Sequence[int], next_token: int) -> None:
-        """Keep the root and the accepted nodes of the last forward in the cache, drop the rest, append the tokens."""
+    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
+        """Keep the root and the accepted nodes of the last forward in the cache and drop the rest.
+
+        Args:
+            path: Accepted node indices.
+            tokens: Their ids, and the id of the token that follows them: the next root.
+        """
 
 
 class Drafter(Protocol):

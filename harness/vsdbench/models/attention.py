@@ -1,0 +1,71 @@
+"""Attention over a preallocated cache with an explicit mask, without copying grouped keys and values.
+
+With grouped-query attention the stock SDPA path repeats keys and values once a query head as soon as a mask is given
+and more than one token is queried, which is every tree forward. Here the query heads of a group are stacked along the
+query axis instead: same product, no copy of the cache. Registered with transformers under ``vsdbench``, so any model
+of its attention interface can use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+NAME = "vsdbench"
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return ``[B, n, heads, head_dim]`` attention outputs (and no weights).
+
+    Args:
+        module: The attention layer (unused but for the interface).
+        query: ``[B, heads, n, head_dim]``.
+        key: ``[B, kv_heads, K, head_dim]``.
+        value: ``[B, kv_heads, K, value_dim]``.
+        attention_mask: ``[B or 1, 1, n, K]`` additive, or None for full causal attention.
+        dropout: Dropout probability.
+        scaling: Factor of the scores; None means 1 / sqrt(head_dim).
+        **kwargs: ``softcap`` and ``s_aux`` (attention sinks) are refused: such models use their eager attention.
+    """
+    del module
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        msg = "this attention supports neither soft-capping nor sinks; load the target with attention='eager'"
+        raise ValueError(msg)
+    batch, heads, num_queries, width = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is None or groups == 1:
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=attention_mask is None and num_queries > 1,
+            enable_gqa=groups > 1,
+        )
+        return output.transpose(1, 2).contiguous(), None
+    stacked = query.reshape(batch, key.shape[1], groups * num_queries, width)
+    mask = attention_mask if num_queries == 1 else attention_mask.repeat(1, 1, groups, 1)
+    output = scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return output.reshape(batch, heads, num_queries, -1).transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the attention known to transformers and return its name."""
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

@@ -1,0 +1,93 @@
+"""A key-value cache for tree decoding: allocated once, written in place, compacted in place.
+
+A forward over a tree writes its rows behind the committed length and attends to views of the buffers: nothing is
+copied or concatenated. ``commit`` then moves the accepted rows together, for all layers in one operation, and rejected
+rows are simply overwritten by the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """One model layer's window on the shared buffers, in the form that transformers' attention expects."""
+
+    def __init__(self, cache: PreallocatedCache, index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = self._cache.buffer("keys", key_states, self._index)
+        self.values = self._cache.buffer("values", value_states, self._index)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self._cache.length
+        stop = start + key_states.shape[-2]
+        self.keys[:, :, start:stop] = key_states
+        self.values[:, :, start:stop] = value_states
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.length
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity
+
+
+class PreallocatedCache(Cache):  # type: ignore[misc]
+    """Keys and values of one sequence, ``[num_layers, 1, num_kv_heads, capacity, head_dim]`` each.
+
+    Layers of equal shape share one buffer, so that compaction is one gather a buffer and not one a layer.
+
+    Args:
+        num_layers: Layers of the model.
+        capacity: Tokens that fit, the rows of a tree being verified included.
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        super().__init__(layers=[_Layer(self, index) for index in range(num_layers)])
+        self.length = 0
+        self.capacity = capacity
+        self._buffers: dict[tuple[str, int, int], Tensor] = {}
+
+    def buffer(self, name: str, states: Tensor, index: int) -> Tensor:
+        """Return layer ``index``'s buffer for states of this shape, ``[1, num_kv_heads, capacity, head_dim]``."""
+        batch, heads, _, width = states.shape
+        key = (name, heads, width)
+        if key not in self._buffers:
+            shape = (len(self.layers), batch, heads, self.capacity, width)
+            self._buffers[key] = torch.zeros(shape, dtype=states.dtype, device=states.device)
+        return self._buffers[key][index]
+
+    def reset(self) -> None:
+        """Forget the sequence; the buffers stay."""
+        self.length = 0
+
+    def commit(self, rows: Sequence[int]) -> None:
+        """Keep ``rows`` (increasing, relative to the committed length) of the last forward, drop the others."""
+        count = len(rows)
+        start = self.length
+        if rows[-1] != count - 1:  # otherwise the kept rows already stand together
+            first = next(i for i, row in enumerate(rows) if row != i)
+            for buffer in self._buffers.values():
+                source = torch.tensor([start + row for row in rows[first:]], device=buffer.device)
+                buffer[..., start + first : start + count, :] = buffer.index_select(-2, source)
+        self.length += count
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers allocated so far."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())

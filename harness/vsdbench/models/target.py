@@ -1,0 +1,264 @@
+"""The target: any decoder-only model of transformers, driven by two calls: ``prefill`` and ``forward_tree``.
+
+The model's own code computes everything; this file only supplies what tree decoding needs around it: explicit masks
+and positions, a cache that can be compacted, and the hidden states that enter three layers (the drafter's features).
+
+Shape legend: L prompt tokens, N draft tokens, C committed tokens in the cache, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vsdbench.decoding.interfaces import TargetOutput, TokenTree
+from vsdbench.decoding.tree import ancestor_mask
+from vsdbench.errors import ConfigError
+from vsdbench.models import attention
+from vsdbench.models.kv_cache import PreallocatedCache
+
+
+class SequenceState:
+    """A sequence being decoded by a ``Target`` (see ``interfaces.TargetState``)."""
+
+    def __init__(self, tokens: list[int], cache: PreallocatedCache, features: Tensor, next_logits: Tensor) -> None:
+        self.tokens = tokens
+        self.cache = cache
+        self.features = features
+        self.next_logits = next_logits
+
+    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
+        """Keep the root and the accepted nodes of the last forward; append their tokens and the one that follows."""
+        self.cache.commit([0, *(node + 1 for node in path)])
+        self.tokens += tokens
+
+
+class Target:
+    """A frozen decoder-only language model with a tree forward.
+
+    Attributes:
+        name: As the user wrote it.
+        model: The transformers model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        fingerprint: Hash of weights and config.
+        hidden_size: H.
+        vocab_size: V, the width of the logits.
+        feature_layers: The three layers whose inputs are the features, ``(2, n // 2, n - 3)`` as in EAGLE-3.
+        eos_ids: Tokens that end an answer.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, fingerprint: str, attention_name: str = "auto"
+    ) -> None:
+        self.model = model.eval().requires_grad_(requires_grad=False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = fingerprint
+        self.config = model.config.get_text_config()
+        self.attention = choose_attention(self.config) if attention_name == "auto" else attention_name
+        model.set_attn_implementation(self.attention)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.embed_tokens: nn.Embedding = model.get_input_embeddings()
+        layers = model.get_decoder().layers
+        self.num_layers = len(layers)
+        middle = (2, self.num_layers // 2, self.num_layers - 3)
+        self.feature_layers = tuple(min(max(layer, 0), self.num_layers - 1) for layer in middle)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self.window: int | None = getattr(self.config, "sliding_window", None)
+        self._layer_types = set(getattr(self.config, "layer_types", None) or [])
+        self._entering: dict[int, Tensor] = {}
+        for index in set(self.feature_layers):
+            layers[index].register_forward_pre_hook(self._make_hook(index), with_kwargs=True)
+        self._cache: PreallocatedCache | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        name: str,
+        fingerprint: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention_name: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Load a model folder (config, safetensors, tokenizer) onto a device.
+
+        Raises:
+            ConfigError: The folder is not a decoder-only model that transformers knows.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+            ).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
+        return cls(model, tokenizer, name=name, fingerprint=fingerprint, attention_name=attention_name)
+
+    # ---- text ----
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the prompt's token ids: the model's chat template, or plain text where it has none."""
+        if getattr(self.tokenizer, "chat_template", None):
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            return [int(token) for token in encoded["input_ids"]]
+        return list(self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+
+    @property
+    def template_hash(self) -> str:
+        """16 hex digits of the chat template's sha256."""
+        return hashlib.sha256((getattr(self.tokenizer, "chat_template", None) or "").encode()).hexdigest()[:16]
+
+    # ---- the two calls ----
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int], max_length: int) -> SequenceState:
+        """Return the state after the prompt: its features and the logits of the token that follows.
+
+        Args:
+            tokens: The L prompt tokens.
+            max_length: Rows that the cache must hold in all, scratch rows of a tree included.
+
+        Raises:
+            ConfigError: The prompt is empty or does not fit.
+        """
+        if not tokens:
+            raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
+        if self._cache is None or self._cache.capacity < max_length:
+            self._cache = PreallocatedCache(self.num_layers, max_length)
+        cache = self._cache
+        cache.reset()
+        count = len(tokens)
+        positions = torch.arange(count, device=self.device)
+        causal = positions[:, None] >= positions[None, :]
+        ids = torch.tensor(tokens, device=self.device)
+        logits = self._forward(ids, positions, causal, positions, cache, logits_to_keep=1)
+        features = self._features()
+        cache.length = count
+        return SequenceState(list(tokens), cache, features, logits[-1])
+
+    @torch.inference_mode()
+    def forward_tree(self, state: SequenceState, tree: TokenTree) -> TargetOutput:
+        """Return logits and features of the root and of every draft token, in one forward.
+
+        Args:
+            state: The sequence; its last token is the root.
+            tree: N draft tokens.
+        """
+        committed = state.cache.length
+        root = torch.tensor(state.tokens[-1:], device=self.device)
+        if not len(tree):
+            ids, depths = root, torch.zeros(1, dtype=torch.int64, device=self.device)
+            visible = torch.ones(1, committed + 1, dtype=torch.bool, device=self.device)
+        else:
+            ids = torch.cat([root, tree.tokens])
+            depths = torch.tensor([0, *tree.depths], device=self.device)
+            among = ancestor_mask(tree.parents, self.device)
+            visible = torch.cat([among.new_ones(len(tree) + 1, committed), among], dim=1)
+        positions = depths + committed
+        key_positions = torch.cat([torch.arange(committed, device=self.device), positions])
+        logits = self._forward(ids, positions, visible, key_positions, state.cache)
+        return TargetOutput(logits, self._features())
+
+    def _forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        key_positions: Tensor,
+        cache: PreallocatedCache,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Run the model on n tokens and return ``[n, V]`` float32 logits (the last ``logits_to_keep`` rows if not 0).
+
+        Args:
+            ids: ``[n]`` token ids.
+            positions: ``[n]`` positions.
+            visible: ``[n, K]`` bool: which cached or new tokens each token attends to.
+            key_positions: ``[K]`` positions of those, for sliding windows.
+            cache: Where keys and values go.
+            logits_to_keep: Rows of logits wanted; 0 means all.
+        """
+        output = self.model(
+            input_ids=ids[None],
+            attention_mask=self._masks(positions, visible, key_positions),
+            position_ids=positions[None],
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _masks(self, positions: Tensor, visible: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the additive mask ``[1, 1, n, K]``, or one a layer type where the model mixes them."""
+
+        def additive(keep: Tensor) -> Tensor:
+            mask = torch.zeros(keep.shape, dtype=self.dtype, device=self.device)
+            return mask.masked_fill_(~keep, torch.finfo(self.dtype).min)[None, None]
+
+        sliding = "sliding_attention" in self._layer_types
+        if self._layer_types and not sliding:
+            full = additive(visible)
+            return {kind: full for kind in self._layer_types} if len(self._layer_types) > 1 else full
+        if self.window is None:
+            return additive(visible)
+        windowed = additive(visible & (positions[:, None] - key_positions[None, :] < self.window))
+        if not self._layer_types:  # Mistral: every layer slides
+            return windowed
+        return {"full_attention": additive(visible), "sliding_attention": windowed}
+
+    # ---- features ----
+
+    def _make_hook(self, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._entering[index] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def _features(self) -> Tensor:
+        """Return ``[n, 3H]``: what entered the three feature layers in the last forward."""
+        return torch.cat([self._entering[layer][0] for layer in self.feature_layers], dim=-1)
+
+    @contextmanager
+    def stock_attention(self) -> Iterator[Any]:
+        """Give the model as transformers would run it by itself (its own attention), for peers and baselines."""
+        self.model.set_attn_implementation("eager" if self.attention == "eager" else "sdpa")
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(self.attention)
+
+
+def choose_attention(config: Any) -> str:
+    """Return ours, or the model's own eager attention where scores are soft-capped or have sinks."""
+    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
+        return "eager"
+    return attention.register()
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if value is not None:
+            found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(found)
