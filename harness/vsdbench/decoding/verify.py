@@ -1,0 +1,196 @@
+"""Which draft tokens to keep: four rules, each of which leaves the target's distribution exactly as it was.
+
+``docs/verification.md`` says why. A rule is a pure function of the tree, the target's logits and the random numbers;
+rejection and traversal see the numbers only as coins, so that a test can walk both sides of every coin.
+
+Shape legend: N draft tokens, V target vocabulary. Row r of a tree is its root (0) or its node r - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vsdbench.decoding.interfaces import TokenTree, Verdict, VerifyRule
+from vsdbench.decoding.sampling import SamplingParams, coupled_token, inverse_cdf, target_probs
+from vsdbench.errors import ConfigError, did_you_mean
+
+Coin: TypeAlias = Callable[[int, float], bool]
+"""``coin(node, probability)`` comes up heads with that probability; a rule asks at most once about each node."""
+
+
+class Step:
+    """One tree with the target's logits over it, rows turned into float64 probabilities on the host when visited.
+
+    A walk cannot know its next row before it has decided about the last, so there is one host synchronisation a
+    visited row (not one a token: the whole row is copied).
+    """
+
+    def __init__(self, tree: TokenTree, logits: Tensor, params: SamplingParams) -> None:
+        self.tokens: list[int] = tree.tokens.tolist()
+        self.depths = (0, *tree.depths)  # of rows
+        self.children: list[list[int]] = [[] for _ in range(len(tree) + 1)]  # nodes under each row, in order
+        for node, parent in enumerate(tree.parents):
+            self.children[parent + 1].append(node)
+        self._logits, self._params, self._draft_probs = logits, params, tree.draft_probs
+
+    def target(self, row: int) -> Tensor:
+        """Return the target's distribution after ``row``, ``[V]`` float64."""
+        return _normalised(target_probs(self._logits[row], self._params).to("cpu", torch.float64))
+
+    def draft(self, row: int) -> Tensor | None:
+        """Return the distribution the children of ``row`` were drawn from, ``[V]`` float64; None if not drawn."""
+        if self._draft_probs is None or not self.children[row]:
+            return None
+        return _normalised(self._draft_probs[row].to("cpu", torch.float64))
+
+
+def verify(
+    rule: VerifyRule,
+    tree: TokenTree,
+    logits: Tensor,
+    *,
+    params: SamplingParams,
+    seed: int,
+    position: int,
+    generator: torch.Generator,
+) -> Verdict:
+    """Return the accepted path of ``tree`` and the token that follows it.
+
+    Args:
+        rule: ``greedy`` (temperature 0 only), ``coupled``, ``rejection`` or ``traversal`` (above 0 only).
+        tree: The proposal; with no nodes this is one step of plain decoding.
+        logits: ``[N + 1, V]``, row 0 the root's, any floating dtype and device.
+        params: What makes a distribution of a row of logits.
+        seed: Key of the coupled draws; the other rules do not read it.
+        position: Index, in the whole sequence, of the token that follows the root. ``coupled`` draws the token after
+            depth d with the number keyed by ``position + d``, which is what plain decoding uses for that token.
+        generator: Where ``rejection`` and ``traversal`` take N + 1 uniform numbers, always that many; the other rules
+            do not touch it. It may live on any device; on the CPU (the intended place) it costs no synchronisation,
+            and results do not depend on where the logits are.
+
+    Raises:
+        ConfigError: If the rule is unknown, or is not lossless at this temperature.
+        ValueError: If the logits do not have N + 1 rows, or are not numbers.
+    """
+    if rule not in {"greedy", "coupled", "rejection", "traversal"}:
+        known = did_you_mean(rule, ["greedy", "coupled", "rejection", "traversal"])
+        raise ConfigError(f"verification rule {rule!r} does not exist.{known}")
+    if (rule == "greedy") != (params.temperature == 0):
+        usable = "'coupled', 'rejection' or 'traversal'" if rule == "greedy" else "'greedy'"
+        raise ConfigError(f"rule {rule!r} is not lossless at temperature {params.temperature}; use {usable}.")
+    if logits.shape[0] != len(tree) + 1:
+        raise ValueError(f"logits have {logits.shape[0]} rows for a tree of {len(tree)} nodes; it takes one more.")
+    step = Step(tree, logits, params)
+    if rule == "greedy":
+        choices: list[int] = logits.argmax(dim=-1).tolist()  # the only synchronisation
+        return follow(step, lambda row: choices[row])
+    if rule == "coupled":
+        return follow(step, lambda row: coupled_token(step.target(row), seed, position + step.depths[row]))
+    uniforms = torch.rand(len(tree) + 1, generator=generator, dtype=torch.float64, device=generator.device).tolist()
+    decide = rejection if rule == "rejection" else traversal
+    path, remaining = decide(step, lambda node, probability: uniforms[node] < probability)
+    return Verdict(path=path, next_token=inverse_cdf(remaining, uniforms[-1]))
+
+
+def follow(step: Step, choose: Callable[[int], int]) -> Verdict:
+    """Return the path of the target's own choices through the tree, and the first choice that is not in it.
+
+    Args:
+        step: The tree.
+        choose: The target's token after a row, as plain decoding would choose it: the argmax (rule ``greedy``) or the
+            keyed draw (rule ``coupled``). It never looks at the tree.
+    """
+    path: list[int] = []
+    while True:
+        row = path[-1] + 1 if path else 0
+        token = choose(row)
+        node = next((child for child in step.children[row] if step.tokens[child] == token), None)
+        if node is None:
+            return Verdict(path=path, next_token=token)
+        path.append(node)
+
+
+def rejection(step: Step, coin: Coin) -> tuple[list[int], Tensor]:
+    """Return the accepted path and the ``[V]`` float64 distribution of the next token, by recursive rejection.
+
+    From the root down, the children of the last accepted row are tried in order; each refusal leaves the residual
+    distribution for the next (SpecInfer, arXiv 2305.09781; without replacement as in arXiv 2402.14160).
+    """
+    path: list[int] = []
+    row = 0
+    while True:
+        target, draft = step.target(row), step.draft(row)
+        for child in step.children[row]:
+            token = step.tokens[child]
+            if coin(child, acceptance(target, draft, token)):
+                path.append(child)
+                row = child + 1
+                break
+            target, draft, _ = refuse(target, draft, token)
+        else:
+            return path, target
+
+
+def traversal(step: Step, coin: Coin) -> tuple[list[int], Tensor]:
+    """Return the accepted path and the ``[V]`` float64 distribution of the next token, by traversal verification.
+
+    From the leaves up (arXiv 2505.12398): ``weight``, the paper's p_acc, is what is left of the probability with which
+    the path to a row may be accepted; it is staked on the children first, and only then on ending at the row itself.
+    For a chain this is block verification (arXiv 2403.10444).
+    """
+
+    def visit(row: int, weight: float) -> tuple[list[int], Tensor] | None:
+        if weight == 0:
+            return None
+        target, draft = step.target(row), step.draft(row)
+        for child in step.children[row]:
+            token = step.tokens[child]
+            accepted = visit(child + 1, acceptance(target, draft, token, weight))
+            if accepted is not None:
+                return [child, *accepted[0]], accepted[1]
+            target, draft, weight = refuse(target, draft, token, weight)
+        return ([], target) if row == 0 or coin(row - 1, weight) else None
+
+    accepted = visit(0, 1.0)
+    if accepted is None:  # pragma: no cover - the root has weight 1 and takes no coin
+        raise AssertionError("the root was refused.")
+    return accepted
+
+
+def acceptance(target: Tensor, draft: Tensor | None, token: int, weight: float = 1.0) -> float:
+    """Return min(1, weight · p(token) / q(token)); q is a point mass where ``token`` was not drawn from ``draft``."""
+    drawn_with = 1.0 if draft is None else float(draft[token]) or 1.0
+    return min(1.0, weight * float(target[token]) / drawn_with)
+
+
+def refuse(
+    target: Tensor, draft: Tensor | None, token: int, weight: float = 1.0
+) -> tuple[Tensor, Tensor | None, float]:
+    """Return target, draft and weight after the child ``token`` was refused: what is still owed, given the refusal.
+
+    The child took min(q, weight · p) of the owed measure weight · p, so (weight · p - q)+ is left, and a refusal had
+    the probability 1 - Σ min(q, weight · p) = 1 - weight + Σ (weight · p - q)+. The next child comes from q without
+    ``token``. A child with q = 0 (deterministic, a duplicate, or more children than q has tokens) is a point mass.
+    """
+    if draft is None or float(draft[token]) == 0:
+        owed = weight * target
+        owed[token] = 0.0
+    else:
+        owed = (weight * target - draft).clamp_(min=0.0)
+        draft = draft.clone()
+        draft[token] = 0.0
+        draft = _normalised(draft)
+    mass = float(owed.sum())
+    if mass <= 0:  # nothing is owed; with weight 1 no refusal is possible, and only rounding can lead here
+        return target, draft, float(weight == 1)
+    return owed / mass, draft, mass / (mass + (1 - weight))
+
+
+def _normalised(probs: Tensor) -> Tensor:
+    """Return ``probs`` divided by their sum (unchanged if all are 0), never the same storage."""
+    total = float(probs.sum())
+    return probs / (total or 1.0)
