@@ -69,7 +69,7 @@ class SourceBase(Config):
 
 
 class HubSource(SourceBase):
-    """A split of a data set on the Hugging Face hub (needs the ``hub`` extra), with what to use if that is unreachable."""
+    """A split of a data set on the Hugging Face hub (needs the ``hub`` extra), with what to use without a hub."""
 
     loader: Literal["hub"]
     repo: str
