@@ -1,0 +1,247 @@
+"""The record: one JSON line a prompt x turn x method x mode x repeat, and the only data every number is derived from.
+
+The schema is versioned (``schema`` is the first key of a line) so that results stay readable for as long as they are
+kept; old lines live on as fixtures in ``tests/golden``. A record holds what was observed (counts, times, a hash of the
+output) and nothing that can be computed from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, Protocol, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vsdbench.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0)]
+RecordKey: TypeAlias = tuple[str, str, int, str, str, float, int]
+"""Suite, prompt id, turn, method, mode, temperature, repeat: what makes a record the only one of its kind in a run."""
+
+STEP_COLUMNS = ("num_nodes", "depth", "num_accepted", "num_emitted", "draft_ms", "verify_ms", "other_ms")
+
+
+class StepLike(Protocol):
+    """Anything with the counts and milliseconds of one verification step (the engine's own ``StepRecord`` is one)."""
+
+    @property
+    def num_nodes(self) -> int: ...  # noqa: D102 - each is the field of the same name in Steps
+    @property
+    def depth(self) -> int: ...  # noqa: D102
+    @property
+    def num_accepted(self) -> int: ...  # noqa: D102
+    @property
+    def num_emitted(self) -> int: ...  # noqa: D102
+    @property
+    def draft_ms(self) -> float: ...  # noqa: D102
+    @property
+    def verify_ms(self) -> float: ...  # noqa: D102
+    @property
+    def other_ms(self) -> float: ...  # noqa: D102
+
+
+class _Model(BaseModel):
+    """Frozen, unknown keys refused, NaN and infinity refused (JSON has neither)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True, serialize_by_alias=True
+    )
+
+
+class Steps(_Model):
+    """The verification steps of one answer as columns of equal length; all empty where an engine gives totals only.
+
+    Attributes:
+        num_nodes: Draft tokens verified, root excluded (0 for plain autoregressive decoding).
+        depth: Longest root-to-leaf path of the proposed tree, in draft tokens.
+        num_accepted: Draft tokens kept.
+        num_emitted: Tokens committed with the bonus or correction, cut at EOS and at the length limit.
+        draft_ms: Time in the drafter, milliseconds.
+        verify_ms: Time in the target's forward, milliseconds.
+        other_ms: The rest of the step, milliseconds.
+    """
+
+    num_nodes: tuple[Count, ...] = ()
+    depth: tuple[Count, ...] = ()
+    num_accepted: tuple[Count, ...] = ()
+    num_emitted: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    draft_ms: tuple[Seconds, ...] = ()
+    verify_ms: tuple[Seconds, ...] = ()
+    other_ms: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        lengths = {name: len(getattr(self, name)) for name in STEP_COLUMNS}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"step columns must have equal lengths, got {lengths}")
+        for i, (nodes, depth, accepted, emitted) in enumerate(
+            zip(self.num_nodes, self.depth, self.num_accepted, self.num_emitted, strict=True)
+        ):
+            if not accepted <= depth <= nodes:
+                raise ValueError(f"step {i}: need num_accepted <= depth <= num_nodes, got {accepted}, {depth}, {nodes}")
+            if emitted > accepted + 1:
+                raise ValueError(f"step {i}: num_emitted is {emitted}, at most num_accepted + 1 = {accepted + 1}")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.num_emitted)
+
+    @classmethod
+    def from_steps(cls, steps: Iterable[StepLike]) -> Steps:
+        """Return the columns of ``steps``; milliseconds are kept to 0.1 microseconds."""
+        rows = [
+            (s.num_nodes, s.depth, s.num_accepted, s.num_emitted, *(round(ms, 4) for ms in _times(s))) for s in steps
+        ]
+        columns = zip(*rows, strict=True) if rows else ((),) * len(STEP_COLUMNS)
+        return cls.model_validate(dict(zip(STEP_COLUMNS, columns, strict=True)))
+
+
+def _times(step: StepLike) -> tuple[float, float, float]:
+    return step.draft_ms, step.verify_ms, step.other_ms
+
+
+class Tree(_Model):
+    """The shape that the drafter was asked for (see ``TreeShape``)."""
+
+    kind: str
+    budget: Count
+    depth: Count
+    top_k: Count
+
+
+class Divergence(_Model):
+    """The first place where the output leaves that of the same engine's baseline.
+
+    Attributes:
+        index: Position in the output, 0-based.
+        gap: The target's logit of the reference token minus that of the token emitted; None if it was not measured.
+        kind: ``near_tie`` where the gap is within what rounding explains, else ``violation``.
+        reference_token: The baseline's token; None if its output had already ended.
+        token: The token emitted instead; None if this output had already ended.
+    """
+
+    index: Count
+    gap: float | None
+    kind: Literal["near_tie", "violation"]
+    reference_token: int | None
+    token: int | None
+
+
+class Record(_Model):
+    """One answer of one method, as measured. Times are seconds, counts are tokens.
+
+    ``num_output_tokens`` includes the first token, which the prefill gives; the steps emit the others, so where there
+    are steps their ``num_emitted`` add up to ``num_output_tokens - 1``. ``lossless`` is the comparison with the same
+    engine's baseline: ``reference`` is that baseline itself, ``unchecked`` where no token-wise comparison is defined.
+    """
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    run_id: str
+    suite: str
+    suite_version: str
+    prompt_id: str
+    prompt_hash: str
+    category: str
+    turn: Count
+    repeat: Count
+    order_in_block: Count
+    seed: int
+
+    method: str
+    kind: Literal["baseline", "drafter"]
+    objective: str | None = None
+    target: str
+    target_fingerprint: str
+    drafter_fingerprint: str | None = None
+    dtype: str
+    attention: str
+    template_hash: str
+
+    mode: Literal["greedy", "stochastic"]
+    temperature: Annotated[float, Field(ge=0)]
+    sampling_top_k: int | None = None
+    top_p: float | None = None
+    rule: str | None = None
+    tree: Tree | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    stop_reason: Literal["eos", "length", "context"]
+
+    num_prompt_tokens: Count
+    num_output_tokens: Annotated[int, Field(ge=1)]
+    output_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    prefill_s: Seconds
+    decode_s: Seconds
+    steps: Steps = Steps()
+    divergence: Divergence | None = None
+    lossless: Literal["equal", "near_tie", "violation", "unchecked", "reference"]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.mode == "greedy") != (self.temperature == 0):
+            raise ValueError(f"mode {self.mode} does not go with temperature {self.temperature}; greedy means 0")
+        emitted = sum(self.steps.num_emitted)
+        if len(self.steps) and emitted != self.num_output_tokens - 1:
+            raise ValueError(
+                f"the steps emit {emitted} tokens, but num_output_tokens - 1 is {self.num_output_tokens - 1}"
+            )
+        if (self.divergence.kind if self.divergence else None) != (
+            self.lossless if self.lossless in {"near_tie", "violation"} else None
+        ):
+            raise ValueError(f"lossless is {self.lossless!r}, which does not go with divergence {self.divergence!r}")
+        return self
+
+    @property
+    def key(self) -> RecordKey:
+        """What identifies the record in its run, for resuming."""
+        return (self.suite, self.prompt_id, self.turn, self.method, self.mode, self.temperature, self.repeat)
+
+    def to_line(self) -> str:
+        """Return the record as one line of JSON, newline included."""
+        return self.model_dump_json() + "\n"
+
+
+def parse_record(line: str | bytes, *, where: str) -> Record:
+    """Return the record of one line of ``records.jsonl``.
+
+    Args:
+        line: The JSON text.
+        where: File and line number, for the message.
+
+    Raises:
+        ConfigError: The line is not JSON, is of another schema, or does not fit the schema.
+    """
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(
+            f"{where} is not JSON ({error}); restore the file from a copy, or delete that line and --resume the run."
+        ) from error
+    version = data.get("schema") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{where} has record schema {version!r}, but this version of vsdbench reads schema {SCHEMA_VERSION}; "
+            "read it with the version that wrote it (see vsdbench_version in manifest.json)."
+        )
+    try:
+        return Record.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "record"
+        raise ConfigError(
+            f"{where} is not a record of schema {SCHEMA_VERSION}: {field}: {first['msg']}; "
+            "restore the file from a copy, or delete that line and --resume the run."
+        ) from error
+
+
+def hash_tokens(token_ids: Sequence[int]) -> str:
+    """Return the sha256 (hex) of the token ids, written in decimal and joined by commas.
+
+    >>> hash_tokens([1, 2])[:8]
+    '17f8af97'
+    """
+    return hashlib.sha256(",".join(str(int(i)) for i in token_ids).encode()).hexdigest()
