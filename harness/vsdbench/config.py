@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -137,8 +138,10 @@ def parse(model_cls: type[ConfigT], data: object, *, where: str) -> ConfigT:
     except ValidationError as error:
         details = error.errors(include_url=False)
         first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        raise ConfigError(f"{where}: {_sentence(model_cls, first)}{more}") from error
+        sentence = _sentence(model_cls, first)
+        if len(details) > 1:
+            sentence = f"{sentence.removesuffix('.')} (and {len(details) - 1} more)."
+        raise ConfigError(f"{where}: {sentence}") from error
 
 
 def _sentence(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
@@ -158,10 +161,12 @@ def _sentence(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
     subject = f"'{path}' is {_short(value)}" if path and not isinstance(value, dict) else f"'{path}'" if path else ""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
     if detail["type"] != "value_error":
-        message = message.replace("Input should", "it should")
-    if not subject:
-        return f"{message}."
-    return f"{subject}: {message}."
+        message = re.sub(r"^(Input|String|List|Value) should", "it should", message)
+    hint = ""
+    if detail["type"] == "literal_error" and isinstance(value, str):
+        close = did_you_mean(value, re.findall(r"'([^']*)'", context["expected"]))
+        hint = close if close.startswith(" Did") else ""
+    return f"{subject}: {message}.{hint}" if subject else f"{message}.{hint}"
 
 
 def _resolve(model_cls: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:

@@ -1,13 +1,18 @@
-"""Asking the Hugging Face hub once, briefly: is the repository there, at which commit, and is the hub reachable at all?
+"""The Hugging Face hub, asked briefly: is the repository there, at which commit, and is the hub reachable at all?
 
 The hub's own clients retry for half a minute when there is no network; one short question first avoids that wait.
 """
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import ConfigError, EnvironmentProblemError, VsdbenchError
+
+RepoKind = Literal["model", "dataset"]
 
 TIMEOUT_S = 5.0
 
@@ -16,24 +21,27 @@ class HubUnreachableError(EnvironmentProblemError):
     """The hub did not answer: no network, switched off, or in trouble itself."""
 
 
-def commit_of(repo: str, *, kind: Literal["model", "dataset"], revision: str | None = None, fix: str) -> str:
-    """Return the full commit hash that a revision of a hub repository stands for now.
+@contextmanager
+def hub_errors(repo: str, *, kind: RepoKind, revision: str | None, fix: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises inside into an error with one sentence.
 
     Args:
         repo: ``owner/name``.
         kind: What the repository holds.
-        revision: Branch, tag or commit; the main branch if None.
+        revision: What was asked for.
         fix: What the user can do without the hub, as the end of a sentence.
 
     Raises:
-        HubUnreachableError: No answer within a few seconds.
+        HubUnreachableError: No answer.
+        EnvironmentProblemError: The disk is full.
         ConfigError: No such repository or revision, or access to it must be asked for.
     """
-    import huggingface_hub  # noqa: PLC0415 - slow to import, and only hub sources need it
-    from huggingface_hub import errors  # noqa: PLC0415
+    from huggingface_hub import errors  # noqa: PLC0415 - slow to import, and only hub sources need it
 
     try:
-        info = huggingface_hub.HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT_S)
+        yield
+    except VsdbenchError:
+        raise
     except errors.GatedRepoError as error:
         raise ConfigError(
             f"the {kind} '{repo}' asks for permission: accept its terms on its hub page and run `hf auth login`."
@@ -49,10 +57,28 @@ def commit_of(repo: str, *, kind: Literal["model", "dataset"], revision: str | N
     except errors.HFValidationError as error:
         raise ConfigError(f"'{repo}' is not a hub id of the form owner/name.") from error
     except Exception as error:  # the transport's errors differ between versions of the client
-        cause = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise EnvironmentProblemError(
+                f"the {kind} '{repo}' does not fit the disk: free some space or set HF_HOME to a folder elsewhere."
+            ) from error
+        lines = str(error).strip().splitlines()
+        cause = lines[0].rstrip(".") if lines else type(error).__name__
         raise HubUnreachableError(
             f"the hub is not reachable for the {kind} '{repo}' ({cause}): check the network, or {fix}."
         ) from error
-    if info.sha is None:
-        raise HubUnreachableError(f"the hub gave no commit for the {kind} '{repo}': try again, or {fix}.")
-    return info.sha
+
+
+def commit_of(repo: str, *, kind: RepoKind, revision: str | None = None, fix: str) -> str:
+    """Return the full commit hash that a revision (the main branch if None) of a repository stands for now.
+
+    Raises:
+        HubUnreachableError: No answer within a few seconds.
+        ConfigError: As ``hub_errors``.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    with hub_errors(repo, kind=kind, revision=revision, fix=fix):
+        info = huggingface_hub.HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT_S)
+        if info.sha is None:
+            raise HubUnreachableError(f"the hub gave no commit for the {kind} '{repo}': try again, or {fix}.")
+        return info.sha

