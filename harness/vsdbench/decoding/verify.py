@@ -35,17 +35,17 @@ class Step:
         self.children: list[list[int]] = [[] for _ in range(len(tree) + 1)]  # nodes under each row, in order
         for node, parent in enumerate(tree.parents):
             self.children[parent + 1].append(node)
-        self._logits, self._params, self._draft_probs = logits, params, tree.draft_probs
+        self.tree, self.logits, self.params = tree, logits, params
 
     def target(self, row: int) -> Tensor:
         """Return the target's distribution after ``row``, ``[V]`` float64."""
-        return _normalised(target_probs(self._logits[row], self._params).to("cpu", torch.float64))
+        return _normalised(target_probs(self.logits[row], self.params).to("cpu", torch.float64))
 
     def draft(self, row: int) -> Tensor | None:
         """Return the distribution the children of ``row`` were drawn from, ``[V]`` float64; None if not drawn."""
-        if self._draft_probs is None or not self.children[row]:
+        if self.tree.draft_probs is None or not self.children[row]:
             return None
-        return _normalised(self._draft_probs[row].to("cpu", torch.float64))
+        return _normalised(self.tree.draft_probs[row].to("cpu", torch.float64))
 
 
 def verify(
@@ -86,7 +86,7 @@ def verify(
         raise ValueError(f"logits have {logits.shape[0]} rows for a tree of {len(tree)} nodes; it takes one more.")
     step = Step(tree, logits, params)
     if rule == "greedy":
-        choices: list[int] = logits.argmax(dim=-1).tolist()  # the only synchronisation
+        choices: list[int] = logits.argmax(dim=-1).tolist()  # the only synchronisation, with tokens on the host
         return follow(step, lambda row: choices[row])
     if rule == "coupled":
         return follow(step, lambda row: coupled_token(step.target(row), seed, position + step.depths[row]))

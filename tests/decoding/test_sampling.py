@@ -1,0 +1,183 @@
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from vsdbench.decoding.sampling import (
+    SamplingParams,
+    coupled_token,
+    draw,
+    inverse_cdf,
+    keyed_uniform,
+    target_probs,
+)
+
+from tests.decoding.enumeration import reference_probs
+
+PARAMS = [
+    SamplingParams(temperature=0.5),
+    SamplingParams(temperature=1.3),
+    SamplingParams(temperature=1.0, top_k=7),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(temperature=1.3, top_k=20, top_p=0.6),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_p=1e-6),
+    SamplingParams(temperature=1.0, top_k=10_000, top_p=1.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", 0),
+        ("top_k", -3),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+    ],
+)
+def test_params_out_of_range_are_refused_with_their_value(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        SamplingParams(**{field: value})
+
+
+def test_temperature_zero_has_no_distribution():
+    with pytest.raises(ValueError, match="argmax"):
+        target_probs(torch.zeros(3), SamplingParams())
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_target_probs_agree_with_transformers_and_with_plain_loops(params):
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (6, 50)))
+    scores = TemperatureLogitsWarper(params.temperature)(None, logits)
+    if params.top_k is not None:
+        scores = TopKLogitsWarper(params.top_k)(None, scores)
+    if params.top_p is not None:
+        scores = TopPLogitsWarper(params.top_p)(None, scores)
+    probs = target_probs(logits, params)
+    torch.testing.assert_close(probs, scores.softmax(-1), rtol=1e-12, atol=0)
+    for row in range(6):
+        np.testing.assert_allclose(probs[row].numpy(), reference_probs(logits[row].numpy(), params), rtol=1e-10)
+        assert torch.equal(probs[row], target_probs(logits[row], params))  # a row alone is the row in a batch
+
+
+def test_top_p_comes_after_top_k():
+    # Softmax of the logs is [0.4, 0.3, 0.2, 0.1]. Top-k 2 leaves [4/7, 3/7], of which top-p 0.55 keeps the first; the
+    # other order would keep both.
+    probs = target_probs(torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), SamplingParams(temperature=1, top_k=2, top_p=0.55))
+    assert probs.tolist() == [1, 0, 0, 0]
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+    assert (target_probs(logits, SamplingParams(temperature=1, top_p=0.69)) > 0).tolist() == [True, True, False, False]
+    assert (target_probs(logits, SamplingParams(temperature=1, top_p=0.71)) > 0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_probs_are_never_narrower_than_float32(dtype):
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    probs = target_probs(logits, SamplingParams(temperature=0.7, top_p=0.95))
+    assert probs.dtype == torch.float32
+    assert torch.equal(probs, target_probs(logits.float(), SamplingParams(temperature=0.7, top_p=0.95)))
+
+
+def test_keyed_uniform_is_splitmix64():
+    def mix(z):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    positions = np.arange(100, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for seed in [0, 1, 2**63 + 5]:
+            expected = mix(mix(np.array([seed], dtype=np.uint64) + golden) + (positions + np.uint64(1)) * golden)
+            got = [keyed_uniform(seed, int(position)) for position in positions]
+            assert got == [int(value >> np.uint64(11)) / 2**53 for value in expected]
+        # The finaliser's published stream for seed 0 starts with this value.
+        assert int(mix(np.array([golden]))[0]) == 0xE220A8397B1DCDAF
+
+
+def test_keyed_uniform_is_uniform_along_and_across_seeds():
+    table = np.array([[keyed_uniform(seed, position) for position in range(100)] for seed in range(100)])
+    assert table.min() >= 0
+    assert table.max() < 1
+    assert np.unique(table).size == table.size
+    assert stats.kstest(table.ravel(), "uniform").pvalue > 1e-3
+    for pairs in (table[:, 1:] - table[:, :-1], table[1:] - table[:-1], table[1:, :-1] - table[:-1, 1:]):
+        counts = np.histogram(pairs % 1.0, bins=20, range=(0, 1))[0]  # a difference of independent uniforms, mod 1
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_coupled_draws_neither_read_nor_change_global_generators():
+    torch.manual_seed(1)
+    before, python_before, first = torch.get_rng_state(), random.getstate(), coupled_token(torch.ones(9), 5, 6)
+    assert torch.equal(before, torch.get_rng_state())
+    assert python_before == random.getstate()
+    torch.manual_seed(2)
+    assert coupled_token(torch.ones(9), 5, 6) == first
+
+
+def test_coupled_token_follows_the_distribution_over_positions():
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
+    counts = np.bincount([coupled_token(probs, 11, position) for position in range(4000)], minlength=5)
+    assert counts[1] == 0
+    assert stats.chisquare(counts[[0, 2, 3, 4]], 4000 * probs[[0, 2, 3, 4]].numpy()).pvalue > 1e-3
+
+
+def test_inverse_cdf_at_the_edges():
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    almost_one = math.nextafter(1.0, 0.0)
+    assert inverse_cdf(probs, 0.0) == 1
+    assert inverse_cdf(probs, math.nextafter(0.25, 0)) == 1
+    assert inverse_cdf(probs, 0.25) == 3
+    assert inverse_cdf(probs, almost_one) == 4
+    assert inverse_cdf(probs * 1e-200, almost_one) == 4
+    assert inverse_cdf(probs * 7, 0.25) == 3
+    assert inverse_cdf(torch.tensor([0.0, 5e-324, 0.0], dtype=torch.float64), almost_one) == 1
+
+
+@pytest.mark.parametrize("probs", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+def test_inverse_cdf_refuses_what_is_no_distribution(probs):
+    with pytest.raises(ValueError, match="sum to"):
+        inverse_cdf(torch.tensor(probs), 0.5)
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-300, 1e-9, 0.1, 1 / 3, 1.0, 7.0]), min_size=1, max_size=12),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_inverse_cdf_is_the_plain_loop_and_never_a_zero(weights, uniform):
+    if not any(weights):
+        weights = [*weights, 1.0]
+    token = inverse_cdf(torch.tensor(weights, dtype=torch.float64), uniform)
+    assert weights[token] > 0
+    cumulative, passed = np.cumsum(weights), []
+    for candidate, value in enumerate(cumulative):
+        if value > uniform * cumulative[-1]:
+            passed.append(candidate)
+    assert token == (passed[0] if passed else int(np.argmax(cumulative == cumulative[-1])))
+
+
+def test_draw_takes_one_number_and_follows_the_distribution():
+    probs = torch.tensor([1.0, 0.0, 2.0, 5.0])
+    generator, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    tokens = [draw(probs, generator) for _ in range(3000)]
+    torch.rand(3000, generator=other, dtype=torch.float64)
+    assert torch.equal(generator.get_state(), other.get_state())
+    counts = np.bincount(tokens, minlength=4)
+    assert counts[1] == 0
+    assert stats.chisquare(counts[[0, 2, 3]], [375, 750, 1875]).pvalue > 1e-3
