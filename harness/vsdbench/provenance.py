@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """Return the CPU's model, its cores (those this process may use apart), and the load averages of 1, 5, 15 minutes."""
+    """Return the CPU's model, its cores, those this process may use, and the load averages of 1, 5 and 15 minutes."""
     try:
         usable: int | None = len(psutil.Process().cpu_affinity() or [])
     except (AttributeError, psutil.Error):  # no affinity on macOS
@@ -112,9 +112,12 @@ def gpus() -> list[dict[str, Any]]:
     """
     if shutil.which("nvidia-smi") is None:
         return []
-    query = f"--query-gpu={','.join(_GPU_FIELDS.values())}"
-    output = _output(["nvidia-smi", query, "--format=csv,noheader,nounits"])
-    return parse_gpus(output) if output else []
+    fields = ",".join(_GPU_FIELDS.values())
+    for query in (fields, fields.replace("throttle", "event")):  # newer drivers renamed the reasons
+        output = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
+        if output:
+            return parse_gpus(output)
+    return []
 
 
 def parse_gpus(output: str) -> list[dict[str, Any]]:

@@ -1,0 +1,100 @@
+"""Data folders: flag, then environment, then the nearest checkout, then the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vsdbench import paths
+from vsdbench.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VSDBENCH_DATA", "VSDBENCH_CACHE", "VSDBENCH_RESULTS", "VSDBENCH_REPORTS"):
+        monkeypatch.delenv(name, raising=False)
+    package = tmp_path / "site" / "deep" / "vsdbench"
+    _suite(package / "data", "packaged")
+    _suite(package / "data", "both")
+    monkeypatch.setattr(paths, "_PACKAGE", package)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+def _suite(root: Path, name: str, folder: str = "suites") -> Path:
+    path = root / folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("name: x\n")
+    return path
+
+
+def test_outside_any_checkout_the_package_answers() -> None:
+    assert set(paths.list_data("suites")) == {"packaged", "both"}
+    found = paths.locate("suites", "packaged")
+    assert (found.origin, found.note) == ("package", None)
+
+
+def test_the_nearest_checkout_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = _suite(tmp_path / "work", "both")
+    recipe = _suite(tmp_path / "work", "r", "drafters/recipes")
+    inside = tmp_path / "work" / "a" / "b"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    assert paths.find_data("suites", "both") == mine
+    assert paths.find_data("recipes", "r") == recipe
+    assert paths.locate("suites", "packaged").origin == "package"
+    assert paths.results_dir() == tmp_path / "work" / "results"
+
+
+def test_the_flag_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flagged = _suite(tmp_path / "flag", "both")
+    in_environment = _suite(tmp_path / "env", "both")
+    monkeypatch.setenv("VSDBENCH_DATA", str(tmp_path / "env"))
+    assert paths.find_data("suites", "both") == in_environment
+    assert paths.find_data("suites", "both", flag=tmp_path / "flag") == flagged
+    assert paths.find_data("suites", "both", flag=tmp_path / "flag" / "suites") == flagged
+
+
+def test_a_path_is_taken_as_it_is_and_a_missing_one_falls_back_with_a_note(tmp_path: Path) -> None:
+    path = _suite(tmp_path / "elsewhere", "both")
+    assert paths.locate("suites", str(path)) == paths.DataFile(path=path, origin="path")
+    found = paths.locate("suites", "suites/packaged.yaml")
+    assert found.path == paths.find_data("suites", "packaged")
+    assert found.note is not None
+    assert "no file 'suites/packaged.yaml'" in found.note
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("packagd", "unknown suite 'packagd'. Did you mean 'packaged'?"),
+        ("suites/packagd.yaml", "there is no file 'suites/packagd.yaml'. Did you mean 'packaged'?"),
+        ("zzz", "unknown suite 'zzz'. Known: both, packaged."),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(name: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        paths.find_data("suites", name)
+    assert str(caught.value) == expected
+
+
+def test_a_data_folder_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="the data flag names 'nowhere'"):
+        paths.find_data("suites", "both", flag="nowhere")
+    monkeypatch.setenv("VSDBENCH_DATA", "nowhere")
+    with pytest.raises(ConfigError, match="VSDBENCH_DATA names 'nowhere'"):
+        paths.list_data("suites")
+
+
+def test_output_folders_follow_flag_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paths.results_dir() == tmp_path / "work" / "results"
+    monkeypatch.setenv("VSDBENCH_RESULTS", str(tmp_path / "r"))
+    monkeypatch.setenv("VSDBENCH_REPORTS", str(tmp_path / "p"))
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "c"))
+    assert (paths.results_dir(), paths.reports_dir(), paths.cache_dir()) == (
+        tmp_path / "r",
+        tmp_path / "p",
+        tmp_path / "c",
+    )
+    assert paths.results_dir("x") == Path("x")
