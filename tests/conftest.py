@@ -99,13 +99,13 @@ def _draft(rng, rate, num_tokens):
     return steps
 
 
-@pytest.fixture(name="make_record")
+@pytest.fixture(scope="session", name="make_record")
 def _make_record():
     """The record factory."""
     return make_record
 
 
-@pytest.fixture(name="make_run")
+@pytest.fixture(scope="session", name="make_run")
 def _make_run():
     """The factory of a whole synthetic run."""
     return make_run

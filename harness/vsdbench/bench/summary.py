@@ -1,0 +1,159 @@
+"""The summary of a run: the one object that ``run --json`` prints and that tables, figures and reports are made of.
+
+It is derived from records alone, so that it can be made again at any time, by any later version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from vsdbench.bench import metrics, stats
+from vsdbench.errors import ConfigError
+from vsdbench.store.frames import to_frames
+from vsdbench.store.records import Record
+
+Summary: TypeAlias = dict[str, Any]
+SUMMARY_SCHEMA = 1
+
+
+def summarise(
+    records: Sequence[Record],
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    num_resamples: int = stats.NUM_RESAMPLES,
+) -> Summary:
+    """Return the summary of one run as plain JSON data.
+
+    ``results`` has, for every drafter x mode, a row over all prompts (``category`` null) and a row a category. A
+    speedup is paired by prompt against the faster baseline of the same mode and temperature (by tokens/s over all
+    prompts), which ``speedup_baseline`` names; ``speedups`` has it against each. ``controls`` are A/A comparisons of
+    each baseline's first two repeats: an interval without 1 means that the clock cannot be trusted.
+
+    Args:
+        records: Of one run, not empty.
+        manifest: The run's manifest; ``device`` is taken from it.
+        seed: Of every bootstrap.
+        num_resamples: Of every bootstrap.
+
+    Raises:
+        ConfigError: No records, or records of several runs, targets or dtypes.
+    """
+    if not records:
+        raise ConfigError("The run has no records yet, so there is nothing to summarise; continue it with --resume.")
+    frame, steps = to_frames(records)
+    suites = sorted(frame["suite"].unique())
+    if len(suites) > 1:
+        frame["category"] = frame["suite"] + "/" + frame["category"]
+    summary: Summary = {
+        "schema": SUMMARY_SCHEMA,
+        "run_id": _only(frame, "run_id"),
+        "suite": "+".join(suites),
+        "target": _only(frame, "target"),
+        "device": (manifest or {}).get("device"),
+        "dtype": _only(frame, "dtype"),
+        "num_prompts": int(frame["unit"].nunique()),
+        "num_repeats": int(frame["repeat"].nunique()),
+        "confidence": stats.CONFIDENCE,
+        "baselines": [],
+        "controls": [],
+        "results": [],
+    }
+    bootstrap = {"seed": seed, "num_resamples": num_resamples}
+    for (mode, temperature), _ in frame.groupby(["mode", "temperature"], sort=True):
+        _add_mode(summary, *metrics.select(frame, steps, mode=mode, temperature=temperature), bootstrap)
+    return summary
+
+
+def summary_frame(summary: Summary) -> pd.DataFrame:
+    """Return ``results`` as a frame, one row each, nested values as flat columns (the form of ``summary.parquet``)."""
+    context = {name: summary[name] for name in ("run_id", "suite", "target", "device", "dtype")}
+    return pd.DataFrame([context | flatten_result(row) for row in summary["results"]])
+
+
+def flatten_result(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one entry of ``results`` with ``_lo``/``_hi`` for intervals and a column a share, count and baseline."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if name.endswith("_ci"):
+            flat |= _ends(name.removesuffix("_ci"), value)
+        elif name == "speedups":
+            for baseline, estimate in value.items():
+                flat[f"speedup_vs_{baseline}"] = estimate["value"]
+                flat |= _ends(f"speedup_vs_{baseline}", estimate["ci"])
+        elif isinstance(value, Mapping):
+            flat |= {f"{name}_{part}": number for part, number in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, bootstrap: dict[str, int]) -> None:
+    """Append the baselines, controls and results of one mode and temperature."""
+    context = {"mode": _only(records, "mode"), "temperature": float(records["temperature"].iloc[0])}
+    baselines = dict(list(records[records["kind"] == "baseline"].groupby("method", sort=False)))
+    throughput = {name: metrics.tokens_per_s(rows) for name, rows in baselines.items()}
+    for name, rows in baselines.items():
+        summary["baselines"].append({"name": name, **context, "tokens_per_s": throughput[name]})
+        control = stats.same_method_control(rows, **bootstrap)
+        if control is not None:
+            summary["controls"].append({"name": name, **context, **_json(control)})
+    timed = {name: value for name, value in throughput.items() if value is not None}
+    fastest = max(timed, key=lambda name: timed[name]) if timed else None
+    for method in records.loc[records["kind"] == "drafter", "method"].unique():
+        chosen, chosen_steps = metrics.select(records, steps, method=method)
+        identity = {"drafter": method, "objective": _only(chosen, "objective"), **context}
+        for category in (None, *sorted(chosen["category"].unique())):
+            part = (chosen, chosen_steps)
+            if category is not None:
+                part = metrics.select(chosen, chosen_steps, category=category)
+            summary["results"].append(identity | {"category": category} | _result(*part, baselines, fastest, bootstrap))
+
+
+def _result(
+    records: pd.DataFrame,
+    steps: pd.DataFrame,
+    baselines: Mapping[Any, pd.DataFrame],
+    fastest: object,
+    bootstrap: dict[str, int],
+) -> dict[str, Any]:
+    tau = stats.pooled_tau(records, steps, **bootstrap)
+    speedups = {name: _json(stats.speedup(records, rows, **bootstrap)) for name, rows in baselines.items()}
+    headline = speedups.get(fastest, {"value": None, "ci": None})
+    return {
+        "num_prompts": int(records["unit"].nunique()),
+        "tau": tau.value,
+        "tau_ci": _list(tau.ci),
+        "speedup": headline["value"],
+        "speedup_ci": headline["ci"],
+        "speedup_baseline": fastest,
+        "speedups": speedups,
+        "tokens_per_s": metrics.tokens_per_s(records),
+        "acceptance_by_depth": metrics.acceptance_by_depth(steps),
+        "time_share": metrics.time_share(records, steps),
+        "lossless": metrics.lossless_counts(records),
+        "tau_definitions": metrics.tau_definitions(records, steps),
+    }
+
+
+def _only(frame: pd.DataFrame, column: str) -> str | None:
+    values = frame[column].unique().tolist()
+    if len(values) != 1:
+        raise ConfigError(f"A summary needs records of one {column}, got {values}; summarise each run by itself.")
+    return None if pd.isna(values[0]) else str(values[0])
+
+
+def _json(estimate: stats.Estimate) -> dict[str, Any]:
+    return {"value": estimate.value, "ci": _list(estimate.ci)}
+
+
+def _list(interval: stats.Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _ends(name: str, interval: Sequence[float] | None) -> dict[str, float | None]:
+    low, high = interval if interval is not None else (None, None)
+    return {f"{name}_lo": low, f"{name}_hi": high}

@@ -1,0 +1,240 @@
+"""The summary as tables: for the terminal at any width, and the same rows as Markdown and CSV.
+
+A terminal table is laid out in the widest form that fits: intervals beside their values, below them, or in two tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from vsdbench.bench.summary import Summary, summary_frame
+
+MISSING = "\N{EN DASH}"
+_NO_LIMIT = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A value and, where it has one, its interval; ``strong`` marks the headline, ``alarm`` a violation."""
+
+    value: str
+    interval: tuple[str, str] | None = None
+    strong: bool = False
+    alarm: bool = False
+
+    def inline(self) -> str:
+        """Return ``1.52 [1.47, 1.58]``."""
+        return self.value if self.interval is None else f"{self.value} [{self.interval[0]}, {self.interval[1]}]"
+
+    def stacked(self) -> str:
+        """Return the value with its interval on a second line."""
+        return self.value if self.interval is None else f"{self.value}\n{self.interval[0]}\N{EN DASH}{self.interval[1]}"
+
+
+def table_rows(summary: Summary, *, categories: bool = False) -> list[dict[str, Cell]]:
+    """Return one row a drafter x mode (x category), the same columns in each, ready to be set in any format.
+
+    Args:
+        summary: As ``summarise`` gives it.
+        categories: Also the rows of single categories, under a ``category`` column.
+    """
+    names = list(dict.fromkeys(baseline["name"] for baseline in summary["baselines"]))
+    rows = []
+    for result in summary["results"]:
+        if result["category"] is not None and not categories:
+            continue
+        row = {"drafter": Cell(value=result["drafter"]), "T": Cell(value=f"{result['temperature']:g}")}
+        if categories:
+            row["category"] = Cell(value=result["category"] or "all")
+        row["τ"] = _estimate(result["tau"], result["tau_ci"])
+        row["accepted by depth, %"] = Cell(value=_percentages(result["acceptance_by_depth"]))
+        row["draft·verify·other, %"] = Cell(value=_percentages(list(result["time_share"].values())))
+        row["tokens/s"] = Cell(value=_throughput(result["tokens_per_s"]))
+        for name in names:
+            estimate = result["speedups"].get(name, {"value": None, "ci": None})
+            strong = name == result["speedup_baseline"]
+            row[f"speedup vs {name}"] = _estimate(estimate["value"], estimate["ci"], strong=strong)
+        row["lossless =·≈·≠"] = _lossless(result["lossless"])
+        rows.append(row)
+    return rows
+
+
+def baseline_rows(summary: Summary) -> list[dict[str, Cell]]:
+    """Return one row a baseline x mode: throughput, and repeat 1 against repeat 2 (A/A, its interval should hold 1)."""
+    controls = {(c["name"], c["mode"], c["temperature"]): c for c in summary["controls"]}
+    rows = []
+    for baseline in summary["baselines"]:
+        control = controls.get((baseline["name"], baseline["mode"], baseline["temperature"]))
+        rows.append(
+            {
+                "baseline": Cell(value=baseline["name"]),
+                "T": Cell(value=f"{baseline['temperature']:g}"),
+                "tokens/s": Cell(value=_throughput(baseline["tokens_per_s"])),
+                "A/A": _estimate(control["value"], control["ci"]) if control else Cell(value=MISSING),
+            }
+        )
+    return rows
+
+
+def title(summary: Summary) -> str:
+    """Return what was measured on what, in one line."""
+    parts = [summary["suite"], summary["target"], " ".join(filter(None, [summary["device"], summary["dtype"]]))]
+    counts = ((summary["num_prompts"], "prompt"), (summary["num_repeats"], "repeat"))
+    size = " x ".join(f"{count} {noun}{'s' if count != 1 else ''}" for count, noun in counts)
+    return " · ".join([*parts, size, f"run {summary['run_id']}"])
+
+
+def definitions(summary: Summary) -> str:
+    """Return what the columns mean, for the foot of a table."""
+    level = f"{100 * summary['confidence']:g} %"
+    return (
+        "τ: tokens emitted a verification step, bonus included, prefill excluded, pooled over steps. "
+        "Accepted: kept / reached at depth 1·2·… of the draft. "
+        "Speedup: decode time a token, paired by prompt, geometric mean; bold against the faster baseline. "
+        f"Intervals: {level} BCa over prompts. "
+        "Lossless: answers equal to the baseline's · near tie · violation. "
+        "A/A: a baseline's first repeat against its second."
+    )
+
+
+def print_summary(summary: Summary, console: Console, *, categories: bool = False) -> None:
+    """Print the baselines, one row a drafter x mode, and the definitions; fits 80 columns and uses more if there are.
+
+    Args:
+        summary: As ``summarise`` gives it.
+        console: Its width decides the layout.
+        categories: Also rows for single categories.
+    """
+    console.print(Text(title(summary), style="bold"))
+    console.print()
+    if summary["baselines"]:
+        console.print(_table(baseline_rows(summary), Cell.inline))
+        console.print()
+    rows = table_rows(summary, categories=categories)
+    if rows:
+        for table in _fitting(rows, console):
+            console.print(table)
+            console.print()
+    else:
+        console.print(Text("No drafter was measured in this run."))
+    console.print(Text(definitions(summary), style="dim"))
+
+
+def to_markdown(summary: Summary, *, categories: bool = True) -> str:
+    """Return the two tables and the definitions as GitHub-flavoured Markdown."""
+    parts = [f"**{_escape(title(summary))}**"]
+    parts += [_markdown(rows) for rows in (baseline_rows(summary), table_rows(summary, categories=categories)) if rows]
+    return "\n\n".join([*parts, definitions(summary)]) + "\n"
+
+
+def to_csv(summary: Summary) -> str:
+    """Return every result (all categories) as CSV with unrounded numbers; lists are joined by semicolons."""
+    frame = summary_frame(summary)
+    if "acceptance_by_depth" in frame:
+        lists = frame["acceptance_by_depth"]
+        frame["acceptance_by_depth"] = [";".join("" if x is None else repr(x) for x in values) for values in lists]
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+# --- layout --------------------------------------------------------------------------------------------------------
+
+
+def _fitting(rows: Sequence[dict[str, Cell]], console: Console) -> list[Table]:
+    """Return the widest layout that fits the console: inline, stacked, or split in two tables."""
+    where = {"accepted by depth, %", "draft·verify·other, %", "lossless =·≈·≠"}
+    identity = {"drafter", "T", "category"}
+    split = [
+        [{name: cell for name, cell in row.items() if name not in where} for row in rows],
+        [{name: cell for name, cell in row.items() if name in where | identity} for row in rows],
+    ]
+    layouts = [
+        [_table(rows, Cell.inline)],
+        [_table(rows, Cell.stacked)],
+        [_table(part, Cell.stacked) for part in split],
+    ]
+    for layout in layouts:
+        if all(_width(table, console) <= console.width for table in layout):
+            return layout
+    return layouts[-1]
+
+
+def _width(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(width=_NO_LIMIT), table).maximum
+
+
+def _table(rows: Sequence[dict[str, Cell]], form: Callable[[Cell], str]) -> Table:
+    """Return a table in which only names (the first column) may be folded."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, name in enumerate(rows[0]):
+        left = name in {"drafter", "baseline", "category", "accepted by depth, %"}
+        table.add_column(
+            _header(name), justify="left" if left else "right", no_wrap=index > 0, overflow="fold", vertical="top"
+        )
+    for row in rows:
+        table.add_row(*(Text(form(cell), style=_style(cell)) for cell in row.values()))
+    return table
+
+
+def _header(name: str) -> Text:
+    for start in ("speedup vs ", "accepted ", "draft·verify·", "lossless "):
+        if name.startswith(start):
+            return Text(f"{start.rstrip()}\n{name.removeprefix(start)}")
+    return Text(name)
+
+
+def _style(cell: Cell) -> str:
+    return "bold red" if cell.alarm else "bold" if cell.strong else ""
+
+
+def _markdown(rows: Sequence[dict[str, Cell]]) -> str:
+    lines = ["| " + " | ".join(_escape(name) for name in rows[0]) + " |"]
+    lines.append("|" + "|".join(" --- " if index == 0 else " ---: " for index in range(len(rows[0]))) + "|")
+    for row in rows:
+        cells = (_escape(cell.inline()) for cell in row.values())
+        marked = (
+            f"**{text}**" if cell.strong or cell.alarm else text for text, cell in zip(cells, row.values(), strict=True)
+        )
+        lines.append("| " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+def _estimate(value: float | None, interval: Sequence[float] | None, *, strong: bool = False) -> Cell:
+    if value is None:
+        return Cell(value=MISSING)
+    ends = None if interval is None else (f"{interval[0]:.2f}", f"{interval[1]:.2f}")
+    return Cell(value=f"{value:.2f}", interval=ends, strong=strong)
+
+
+def _percentages(shares: Sequence[float | None]) -> str:
+    """Return ``62·48·35``, a dash for what was never reached."""
+    if not any(share is not None for share in shares):
+        return MISSING
+    return "·".join(MISSING if share is None else f"{100 * share:.0f}" for share in shares)
+
+
+def _throughput(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _lossless(counts: dict[str, Any]) -> Cell:
+    if counts["checked"] == 0:
+        return Cell(value="unchecked")
+    text = f"{counts['equal']}·{counts['near_tie']}·{counts['violations']}"
+    return Cell(value=text, alarm=counts["violations"] > 0)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

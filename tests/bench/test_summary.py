@@ -1,0 +1,170 @@
+"""The summary has the promised form, and its numbers are what a few independent lines make of the records."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from vsdbench.bench.summary import flatten_result, summarise, summary_frame
+from vsdbench.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return {"num_resamples": 300}
+
+
+def overall(summary, drafter, mode="greedy"):
+    (row,) = [
+        r for r in summary["results"] if (r["drafter"], r["mode"], r["category"]) == (drafter, mode, None)
+    ]  # fmt: skip
+    return row
+
+
+def test_form(make_run, fast):
+    summary = summarise(make_run(modes=("greedy", "stochastic")), manifest={"device": "cpu"}, **fast)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert {k: summary[k] for k in ("schema", "run_id", "suite", "target", "device", "dtype")} == {
+        "schema": 1,
+        "run_id": "run-1",
+        "suite": "tiny",
+        "target": "toy",
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    assert [(b["name"], b["mode"], b["temperature"]) for b in summary["baselines"]] == [
+        ("autoregressive", "greedy", 0.0),
+        ("hf-generate", "greedy", 0.0),
+        ("autoregressive", "stochastic", 1.0),
+        ("hf-generate", "stochastic", 1.0),
+    ]
+    assert len(summary["results"]) == 2 * 2 * (1 + 3)
+    row = overall(summary, "eagle3-kl", "stochastic")
+    assert set(row) == {
+        "drafter", "objective", "mode", "temperature", "category", "num_prompts", "tau", "tau_ci", "speedup",
+        "speedup_ci", "speedup_baseline", "speedups", "tokens_per_s", "acceptance_by_depth", "time_share", "lossless",
+        "tau_definitions",
+    }  # fmt: skip
+    assert row["objective"] == "kl"
+    assert overall(summary, "ngram")["objective"] is None
+    assert row["num_prompts"] == 12
+    assert row["lossless"] == {"checked": 24, "equal": 24, "near_tie": 0, "violations": 0}
+    assert [r["category"] for r in summary["results"]][:4] == [None, "chat", "code", "maths"]
+    assert [r["num_prompts"] for r in summary["results"]][:4] == [12, 4, 4, 4]
+
+
+def test_numbers_recomputed_from_the_records_alone(make_run, fast):
+    records = make_run()
+    summary = summarise(records, **fast)
+    row = overall(summary, "eagle3-kl")
+    ours = [r for r in records if r.method == "eagle3-kl"]
+    emitted = [n for r in ours for n in r.steps.num_emitted]
+    assert row["tau"] == pytest.approx(sum(emitted) / len(emitted))
+    assert row["tau_definitions"]["pooled"] == row["tau"]
+    assert row["tokens_per_s"] == pytest.approx(len(ours) * 40 / sum(r.decode_s for r in ours))
+
+    def mean_log_time(method):
+        by_prompt = {}
+        for r in records:
+            if r.method == method:
+                by_prompt.setdefault(r.prompt_id, []).append(r.decode_s / 40)
+        return np.array([math.log(np.mean(by_prompt[p])) for p in sorted(by_prompt)])
+
+    for baseline in ("autoregressive", "hf-generate"):
+        expected = math.exp(np.mean(mean_log_time(baseline) - mean_log_time("eagle3-kl")))
+        assert row["speedups"][baseline]["value"] == pytest.approx(expected)
+        low, high = row["speedups"][baseline]["ci"]
+        assert low < expected < high
+
+
+def test_the_headline_is_against_the_faster_baseline(make_run, fast):
+    summary = summarise(make_run(), **fast)
+    for row in summary["results"]:
+        assert row["speedup_baseline"] == "hf-generate"
+        assert row["speedup"] == row["speedups"]["hf-generate"]["value"] < row["speedups"]["autoregressive"]["value"]
+        assert row["speedup_ci"] == row["speedups"]["hf-generate"]["ci"]
+
+
+def test_controls_compare_repeats_of_each_baseline(make_run, fast):
+    summary = summarise(make_run(), **fast)
+    assert [c["name"] for c in summary["controls"]] == ["autoregressive", "hf-generate"]
+    assert all(0.95 < c["ci"][0] < c["value"] < c["ci"][1] < 1.05 for c in summary["controls"])
+    assert summarise(make_run(num_repeats=1), **fast)["controls"] == []
+
+
+def test_without_a_baseline_there_is_no_speedup(make_run, fast):
+    summary = summarise([r for r in make_run() if r.kind == "drafter"], **fast)
+    row = overall(summary, "ngram")
+    assert (row["speedup"], row["speedup_ci"], row["speedup_baseline"], row["speedups"]) == (None, None, None, {})
+    assert row["tau"] > 1
+
+
+def test_one_prompt_has_values_but_no_intervals(make_run, fast):
+    row = overall(summarise(make_run(num_prompts=1), **fast), "ngram")
+    assert row["tau"] is not None
+    assert (row["tau_ci"], row["speedup_ci"]) == (None, None)
+
+
+def test_answers_of_one_token_give_null_and_not_nan(make_record, fast):
+    shared = {"num_output_tokens": 1, "decode_s": 0.0}
+    records = [make_record(**shared), make_record(method="ar", kind="baseline", lossless="reference", **shared)]
+    summary = summarise(records, **fast)
+    json.dumps(summary, allow_nan=False)
+    row = overall(summary, "ngram")
+    assert (row["tau"], row["speedup"], row["tokens_per_s"], row["acceptance_by_depth"]) == (None, None, None, [])
+    assert row["speedup_baseline"] is None
+    assert summary["baselines"][0]["tokens_per_s"] is None
+
+
+def test_two_suites_keep_their_prompts_and_categories_apart(make_record, fast):
+    step = (7, 4, 2, 3, 1.0, 2.0, 0.5)
+    records = [make_record(steps=[step], suite=suite) for suite in ("b", "a")]
+    summary = summarise(records, **fast)
+    assert summary["suite"] == "a+b"
+    assert [(r["category"], r["num_prompts"]) for r in summary["results"]] == [(None, 2), ("a/chat", 1), ("b/chat", 1)]
+
+
+def test_temperatures_are_kept_apart(make_record, fast):
+    step = (7, 4, 2, 3, 1.0, 2.0, 0.5)
+    records = [make_record(steps=[step], mode="stochastic", temperature=t) for t in (1.0, 0.5)]
+    rows = [r for r in summarise(records, **fast)["results"] if r["category"] is None]
+    assert [r["temperature"] for r in rows] == [0.5, 1.0]
+
+
+def test_what_cannot_be_summarised_is_said(make_record):
+    with pytest.raises(ConfigError, match="no records yet"):
+        summarise([])
+    two = [make_record(num_output_tokens=2), make_record(num_output_tokens=2, repeat=1, dtype="bfloat16")]
+    with pytest.raises(ConfigError, match=r"records of one dtype, got \['float32', 'bfloat16'\]"):
+        summarise(two)
+
+
+def test_the_flat_form_keeps_every_number(make_run, fast):
+    summary = summarise(make_run(), **fast)
+    frame = summary_frame(summary)
+    assert len(frame) == len(summary["results"])
+    row = summary["results"][0]
+    flat = flatten_result(row)
+    assert (flat["tau_lo"], flat["tau_hi"]) == tuple(row["tau_ci"])
+    assert flat["speedup_vs_hf-generate"] == row["speedup"]
+    assert flat["time_share_draft"] == row["time_share"]["draft"]
+    assert flat["lossless_checked"] == 24
+    assert frame.loc[0, "speedup_vs_autoregressive_hi"] == row["speedups"]["autoregressive"]["ci"][1]
+
+
+def test_a_seed_gives_the_same_summary(make_run, fast):
+    records = make_run(num_prompts=6)
+    assert summarise(records, seed=1, **fast) == summarise(records, seed=1, **fast)
+    assert summarise(records, seed=1, **fast) != summarise(records, seed=2, **fast)
+
+
+def test_results_are_read_without_torch():
+    modules = [
+        "store.records", "store.files", "store.frames", "store.store", "bench.metrics", "bench.stats", "bench.summary",
+        "report.tables", "report.figures",
+    ]  # fmt: skip
+    imports = "".join(f"import vsdbench.{module}\n" for module in modules)
+    script = f"import sys\n{imports}sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
