@@ -17,6 +17,7 @@ from vsdbench.decoding.interfaces import Drafter, Generation, StepRecord, TokenT
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.decoding.tree import empty_tree
 from vsdbench.decoding.verify import verify
+from vsdbench.errors import ConfigError
 from vsdbench.models.device import synchronize
 
 if TYPE_CHECKING:
@@ -74,10 +75,17 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
         drafter: Proposes trees.
         prompt: Prompt token ids.
         settings: Length, tree shape, rule, sampling.
+
+    Raises:
+        ConfigError: The prompt is empty or longer than the target's context.
     """
     device, params = target.device, settings.sampling
     eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
-    end = len(prompt) + settings.max_new_tokens
+    end = min(len(prompt) + settings.max_new_tokens, target.max_positions)
+    if len(prompt) >= end:
+        raise ConfigError(
+            f"The prompt has {len(prompt)} tokens and the target holds {target.max_positions}: shorten the prompt."
+        )
     max_length = end + settings.shape.budget + 1
     generator = torch.Generator().manual_seed(settings.seed)
 
@@ -94,7 +102,7 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
     steps: list[StepRecord] = []
     stop = _stop_reason(state.tokens, end, [first], eos_ids)
     while stop is None:
-        # 1. Draft a tree under the last committed token, never deeper than the answer may still grow.
+        # 1. Draft a tree under the last committed token.
         tree = drafter.propose(state, settings.shape, temperature=params.temperature, generator=generator)
         synchronize(device)
         drafted = time.perf_counter()
@@ -104,11 +112,12 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
         scored = time.perf_counter()
         # 3. Decide what is kept, and cut it at the end of the answer.
         verdict = _verify(tree, output.logits, state, settings, generator)
-        tree_tokens = tree.tokens.tolist()
-        tokens = _cut([*(tree_tokens[node] for node in verdict.path), verdict.next_token], end - len(state.tokens), eos_ids)
+        drafts = tree.tokens.tolist()
+        tokens = [*(drafts[node] for node in verdict.path), verdict.next_token]
+        tokens = _cut(tokens, end - len(state.tokens), eos_ids)
         # 4. Commit. A path that ran past the end is cut with its tokens, so the counts are of tokens that exist.
         path = verdict.path[: len(tokens)]
-        state.commit(path, tokens) if len(tokens) > len(path) else state.commit(path[:-1], tokens)
+        state.commit(path[: len(tokens) - 1], tokens)
         stop = _stop_reason(state.tokens, end, tokens, eos_ids)
         committed = time.perf_counter()
         if stop is None:
@@ -129,7 +138,7 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
         now = ended
     return Generation(
         token_ids=state.tokens[len(prompt) :],
-        stop_reason=stop,
+        stop_reason="context" if stop == "length" and end < len(prompt) + settings.max_new_tokens else stop,
         prefill_s=prefilled - started,
         decode_s=now - prefilled,
         steps=steps,

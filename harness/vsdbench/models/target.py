@@ -9,6 +9,7 @@ Shape legend: L prompt tokens, N draft tokens, C committed tokens in the cache, 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ class Target:
         fingerprint: Hash of weights and config.
         hidden_size: H.
         vocab_size: V, the width of the logits.
+        max_positions: Tokens that its position embedding allows.
         feature_layers: The three layers whose inputs are the features, ``(2, n // 2, n - 3)`` as in EAGLE-3.
         eos_ids: Tokens that end an answer.
     """
@@ -67,6 +69,7 @@ class Target:
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
+        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         self.embed_tokens: nn.Embedding = model.get_input_embeddings()
         layers = model.get_decoder().layers
         self.num_layers = len(layers)
@@ -113,6 +116,18 @@ class Target:
             raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
         return cls(model, tokenizer, name=name, fingerprint=fingerprint, attention_name=attention_name)
 
+    def keep_layers(self, count: int) -> None:
+        """Cut the model after its first ``count`` layers (early exit), for use as a draft model.
+
+        Raises:
+            ConfigError: ``count`` is not between 1 and the number of layers.
+        """
+        if not 1 <= count <= self.num_layers:
+            raise ConfigError(f"num_layers is {count}, but '{self.name}' has {self.num_layers} layers.")
+        decoder = self.model.get_decoder()
+        decoder.layers = decoder.layers[:count]
+        self.config.num_hidden_layers = self.num_layers = count
+
     # ---- text ----
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -150,7 +165,7 @@ class Target:
         positions = torch.arange(count, device=self.device)
         causal = positions[:, None] >= positions[None, :]
         ids = torch.tensor(tokens, device=self.device)
-        logits = self._forward(ids, positions, causal, positions, cache, logits_to_keep=1)
+        logits = self.forward(ids, positions, causal, positions, cache, logits_to_keep=1)
         features = self._features()
         cache.length = count
         return SequenceState(list(tokens), cache, features, logits[-1])
@@ -175,10 +190,10 @@ class Target:
             visible = torch.cat([among.new_ones(len(tree) + 1, committed), among], dim=1)
         positions = depths + committed
         key_positions = torch.cat([torch.arange(committed, device=self.device), positions])
-        logits = self._forward(ids, positions, visible, key_positions, state.cache)
+        logits = self.forward(ids, positions, visible, key_positions, state.cache)
         return TargetOutput(logits, self._features())
 
-    def _forward(
+    def forward(
         self,
         ids: Tensor,
         positions: Tensor,
@@ -187,7 +202,9 @@ class Target:
         cache: PreallocatedCache,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Run the model on n tokens and return ``[n, V]`` float32 logits (the last ``logits_to_keep`` rows if not 0).
+        """Return ``[n, V]`` float32 logits of n tokens (of the last ``logits_to_keep`` ones if that is not 0).
+
+        Keys and values are written behind ``cache.length``, which stays as it is: the caller commits.
 
         Args:
             ids: ``[n]`` token ids.

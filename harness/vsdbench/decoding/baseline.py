@@ -1,0 +1,90 @@
+"""The second baseline: ``generate`` of transformers on the same weights, timed token by token.
+
+It runs the model as its users run it (stock attention, dynamic cache). At T > 0 its next token comes from the same
+keyed draw as the engine's ``coupled`` rule, so both sides emit the same tokens and equal work is compared; the draw
+replaces the library's own, which costs about as much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from vsdbench.decoding.interfaces import Generation
+from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
+from vsdbench.models.device import synchronize
+
+if TYPE_CHECKING:
+    from vsdbench.decoding.engine import DecodeSettings
+    from vsdbench.models.target import Target
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when each token was there; never stops anything."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        del scores, kwargs
+        synchronize(self._device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _CoupledDraw(LogitsProcessor):  # type: ignore[misc]
+    """Leaves only the token that the keyed draw of this position picks."""
+
+    def __init__(self, params: SamplingParams, seed: int) -> None:
+        self._params = params
+        self._seed = seed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probs = target_probs(scores[0], self._params)
+        token = coupled_token(probs, self._seed, input_ids.shape[1])
+        only = torch.full_like(scores, -torch.inf)
+        only[0, token] = 0.0
+        return only
+
+
+@torch.inference_mode()
+def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings) -> Generation:
+    """Return the answer of ``model.generate`` with its prefill and decode times (no steps: it has no trees)."""
+    eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
+    room = min(settings.max_new_tokens, target.max_positions - len(prompt))
+    config = GenerationConfig(
+        max_new_tokens=room,
+        do_sample=False,
+        eos_token_id=sorted(eos_ids) or None,
+        pad_token_id=min(eos_ids, default=0),
+        use_cache=True,
+    )
+    processors = LogitsProcessorList()
+    if settings.sampling.temperature > 0:
+        processors.append(_CoupledDraw(settings.sampling, settings.seed))
+    clock = _Clock(target.device)
+    ids = torch.tensor([list(prompt)], device=target.device)
+    with target.stock_attention() as model:
+        synchronize(target.device)
+        started = time.perf_counter()
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+    tokens = output[0, len(prompt) :].tolist()
+    stop = "eos" if tokens[-1] in eos_ids else "length" if room == settings.max_new_tokens else "context"
+    return Generation(
+        token_ids=tokens,
+        stop_reason=stop,
+        prefill_s=clock.times[0] - started,
+        decode_s=clock.times[-1] - clock.times[0],
+    )
