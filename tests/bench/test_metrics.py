@@ -33,7 +33,7 @@ def test_other_definitions_of_tau(frames):
             "prompt_mean": ((5 + 1 + 2) / 3 + (2 + 2 + 1) / 3) / 2,
             "answer_mean": (6 / 2 + 2 / 1 + 5 / 3) / 3,
             "without_bonus": (4 + 0 + 3 + 1 + 1 + 0) / 6,
-            "uncut": (5 + 1 + 4 + 2 + 2 + 1) / 6,
+            "accepted_plus_one": (5 + 1 + 4 + 2 + 2 + 1) / 6,
             "with_prefill": (13 + 3) / (6 + 3),
         }
     )

@@ -71,9 +71,9 @@ def overlaps(boxes):
     return [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
 
 
-@pytest.mark.parametrize("num_drafters", [1, 3, 7])
+@pytest.mark.parametrize("num_drafters", [1, 3, 14])
 def test_no_text_overlaps_other_text(make_run, num_drafters):
-    names = ["ngram", "eagle3-kl", "eagle3-vsd-without-confidence", "draft-model", "medusa", "eagle", "eagle3-ce"]
+    names = ["ngram", "eagle3-kl", "eagle3-vsd-without-confidence", *(f"method-{i}" for i in range(11))]
     summary = summarise(make_run(num_prompts=9, num_repeats=1, drafters=names[:num_drafters]), num_resamples=100)
     renamed = {None: None, "chat": "information extraction", "code": "humanities", "maths": "long-form reasoning"}
     summary["results"] = [row | {"category": renamed[row["category"]]} for row in summary["results"]]

@@ -81,11 +81,15 @@ def test_the_headline_alone_is_strong(summary):
         assert [name for name, cell in row.items() if cell.strong] == ["speedup vs hf-generate"]
 
 
-def test_long_names_fold_and_leave_the_numbers_whole(summary):
+@pytest.mark.parametrize("width", [62, 80])
+def test_long_names_fold_and_leave_the_numbers_whole(summary, width):
     name = "eagle3-with-a-name-that-is-longer-than-anything-one-would-like"
     long = summary | {"results": [row | {"drafter": name} for row in overall(summary)]}
-    text = render(long, 80)
-    assert max(len(line) for line in text.splitlines()) <= 80
+    text = render(long, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert any(
+        line.split() == ["drafter", "T", "τ", "tokens/s", "autoregressive", "hf-generate"] for line in text.splitlines()
+    )
     for row in overall(summary):
         assert f"{row['tau_ci'][0]:.2f}\N{EN DASH}{row['tau_ci'][1]:.2f}" in text
 

@@ -1,27 +1,16 @@
 """The schema holds what a record promises, and lines written long ago still load."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from vsdbench.decoding.interfaces import StepRecord
 from vsdbench.errors import ConfigError
 from vsdbench.store.records import Divergence, Steps, hash_tokens, parse_record
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "records_v1.jsonl"
 STEP = (7, 4, 2, 3, 1.0, 2.0, 0.5)
-
-
-@dataclass
-class EngineStep:
-    num_nodes: int
-    depth: int
-    num_accepted: int
-    num_emitted: int
-    draft_ms: float
-    verify_ms: float
-    other_ms: float
 
 
 def test_golden_lines_load_and_write_back_unchanged():
@@ -48,7 +37,7 @@ def test_round_trip_is_one_line_that_begins_with_the_schema(make_record):
 
 
 def test_steps_from_engine_steps():
-    steps = Steps.from_steps([EngineStep(*STEP), EngineStep(3, 2, 0, 1, 0.123456, 2.0, 0.25)])
+    steps = Steps.from_steps([StepRecord(*STEP), StepRecord(3, 2, 0, 1, 0.123456, 2.0, 0.25)])
     assert steps.num_nodes == (7, 3)
     assert steps.num_accepted == (2, 0)
     assert steps.draft_ms == (1.0, 0.1235)

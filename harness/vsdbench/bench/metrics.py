@@ -35,8 +35,11 @@ def tau_without_bonus(steps: pd.DataFrame) -> float | None:
     return _ratio(steps["num_accepted"].sum(), len(steps))
 
 
-def tau_uncut(steps: pd.DataFrame) -> float | None:
-    """Return 1 + draft tokens kept / steps, as vLLM's counters give it: what lies past EOS or the limit is counted."""
+def tau_accepted_plus_one(steps: pd.DataFrame) -> float | None:
+    """Return 1 + draft tokens kept / steps, as read off vLLM's counters.
+
+    It is a little above ``tau``: a step whose answer ends with a draft token emits no bonus, but has one counted here.
+    """
     return _ratio(steps["num_accepted"].sum() + len(steps), len(steps))
 
 
@@ -64,7 +67,7 @@ def tau_definitions(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, flo
         "prompt_mean": tau_prompt_mean(records, steps),
         "answer_mean": tau_answer_mean(steps),
         "without_bonus": tau_without_bonus(steps),
-        "uncut": tau_uncut(steps),
+        "accepted_plus_one": tau_accepted_plus_one(steps),
         "with_prefill": tau_with_prefill(records, steps),
     }
 

@@ -6,6 +6,7 @@ grey. Nothing touches matplotlib's global state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,9 @@ def acceptance_figure(summary: Summary) -> Figure:
     rows = [row for row in summary["results"] if row["category"] is None and row["acceptance_by_depth"]]
     modes, styles = _modes(rows), _styles(summary)
     with _styled():
-        figure = _figure(_WIDTH_IN * min(1.0, 0.3 + 0.35 * len(modes)))
+        figure = _figure(
+            _WIDTH_IN * min(1.0, 0.3 + 0.35 * len(modes)), list(dict.fromkeys(row["drafter"] for row in rows))
+        )
         panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
         for axes, mode in zip(panels, modes, strict=True):
             for row in rows:
@@ -140,7 +143,7 @@ def _bars(
     group_in = (width_in - 0.8) / len(groups)
     upright = group_in * width > 0.3  # else four digits are wider than their bar
     with _styled():
-        figure = _figure(width_in)
+        figure = _figure(width_in, drafters)
         axes = figure.subplots()
         for index, drafter in enumerate(drafters):
             for position, (_, values) in enumerate(groups):
@@ -177,8 +180,10 @@ def _bar(axes: Axes, x: float, width: float, row: dict[str, Any], look: dict[str
     )  # fmt: skip
 
 
-def _figure(width_in: float) -> Figure:
-    figure = Figure(figsize=(width_in, _HEIGHT_IN), layout="constrained")
+def _figure(width_in: float, labels: Sequence[str]) -> Figure:
+    """Return an empty figure, taller by what a legend of several rows needs."""
+    rows = math.ceil(len(labels) / _legend_columns(width_in, labels))
+    figure = Figure(figsize=(width_in, _HEIGHT_IN + 0.2 * (rows - 1)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -189,14 +194,16 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    if not entries:
-        return
-    longest = max(len(label) for label in entries)
-    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.075 * longest)))
     figure.legend(
-        list(entries.values()), list(entries), loc="outside upper center", ncols=min(columns, len(entries)),
+        list(entries.values()), list(entries), loc="outside upper center",
+        ncols=_legend_columns(figure.get_figwidth(), list(entries)),
         frameon=False, handlelength=2.6, columnspacing=1.4,
     )  # fmt: skip
+
+
+def _legend_columns(width_in: float, labels: Sequence[str]) -> int:
+    longest = max(len(label) for label in labels)
+    return min(len(labels), max(1, int(width_in / (0.6 + 0.075 * longest))))
 
 
 def _styles(summary: Summary) -> dict[str, dict[str, Any]]:
