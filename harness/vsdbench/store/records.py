@@ -225,7 +225,7 @@ def parse_record(line: str | bytes, *, where: str) -> Record:
     if version != SCHEMA_VERSION:
         raise ConfigError(
             f"{where} has record schema {version!r}, but this version of vsdbench reads schema {SCHEMA_VERSION}; "
-            "read it with the version that wrote it (see vsdbench_version in manifest.json)."
+            "read it with the version that wrote it (its manifest.json names it)."
         )
     try:
         return Record.model_validate(data)

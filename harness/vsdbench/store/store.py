@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -95,9 +95,9 @@ class RunStore:
             raise
 
     @property
-    def done(self) -> frozenset[RecordKey]:
-        """Keys of the records on disk: what a resumed run need not do."""
-        return frozenset(self._done)
+    def done(self) -> Set[RecordKey]:
+        """Keys of the records on disk, a live view: what a resumed run need not do."""
+        return self._done
 
     @property
     def manifest(self) -> dict[str, Any]:
