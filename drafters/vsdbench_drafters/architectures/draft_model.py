@@ -94,9 +94,10 @@ class DraftModelDrafter:
         visible = torch.zeros(len(parent_slots), self._base + len(self._parents), dtype=torch.bool, device=device)
         visible[:, : self._base] = True
         for row, slot in enumerate(range(first, len(self._parents))):
-            while slot >= 0:
-                visible[row, self._base + slot] = True
-                slot = self._parents[slot]
+            ancestor = slot
+            while ancestor >= 0:
+                visible[row, self._base + ancestor] = True
+                ancestor = self._parents[ancestor]
         # The root stands at base - 1, a node of depth d at base - 1 + d.
         positions = torch.full((len(parent_slots),), self._base - 1 + depth, device=device)
         scratch = torch.tensor(self._depths, device=device) + self._base - 1
@@ -131,9 +132,7 @@ def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -
     if not name:
         raise ConfigError("draft_model needs the option 'model': a hub id, a model folder or an embedded model.")
     files = fetch_model(name)
-    model = Target.load(
-        files.path, name=name, fingerprint=files.fingerprint, device=target.device, dtype=target.dtype
-    )
+    model = Target.load(files.path, name=name, fingerprint=files.fingerprint, device=target.device, dtype=target.dtype)
     if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise ConfigError(f"'{name}' has another vocabulary than '{target.name}': a draft model must share it.")
     if "num_layers" in options:

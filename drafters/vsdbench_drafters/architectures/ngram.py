@@ -81,9 +81,8 @@ class NgramDrafter:
                 parent = node
             taken += len(found) > before
         device = state.next_logits.device
-        return TokenTree(
-            torch.tensor(found, dtype=torch.int64, device=device), parents, depths, torch.zeros(len(found), device=device)
-        )
+        nodes = torch.tensor(found, dtype=torch.int64, device=device)
+        return TokenTree(nodes, parents, depths, torch.zeros(len(found), device=device))
 
     def _matches(self, tokens: list[int]) -> list[int]:
         """Return where continuations start: longer endings first, later occurrences first."""
@@ -93,7 +92,7 @@ class NgramDrafter:
         return starts
 
 
-def build(target: Any, *, checkpoint: Path | None, options: dict[str, Any]) -> NgramDrafter:
+def build(target: object, *, checkpoint: Path | None, options: dict[str, Any]) -> NgramDrafter:
     """Return the drafter for a suite entry; ``options`` are ``max_ngram`` and ``min_ngram``."""
     del target
     if checkpoint is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         self._device = device
         self.times: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         del scores, kwargs
         synchronize(self._device)
         self.times.append(time.perf_counter())

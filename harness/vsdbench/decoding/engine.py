@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vsdbench.decoding.interfaces import Drafter, Generation, StepRecord, TokenTree, TreeShape, Verdict, VerifyRule
+from vsdbench.decoding.interfaces import (
+    Drafter,
+    Generation,
+    StepRecord,
+    TargetState,
+    TokenTree,
+    TreeShape,
+    Verdict,
+    VerifyRule,
+)
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.decoding.tree import empty_tree
 from vsdbench.decoding.verify import verify
@@ -52,17 +61,17 @@ class Autoregressive:
 
     name = "autoregressive"
 
-    def begin(self, state: SequenceState, max_length: int) -> None:
+    def begin(self, state: TargetState, max_length: int) -> None:
         """Nothing to prepare."""
 
     def propose(
-        self, state: SequenceState, shape: TreeShape, *, temperature: float, generator: torch.Generator
+        self, state: TargetState, shape: TreeShape, *, temperature: float, generator: torch.Generator
     ) -> TokenTree:
         """Return the empty tree."""
         del shape, temperature, generator
         return empty_tree(state.next_logits.device)
 
-    def commit(self, state: SequenceState, num_accepted: int, features: Tensor) -> None:
+    def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
         """Nothing to learn."""
 
 

@@ -120,7 +120,10 @@ def fixed_topology(shape: TreeShape) -> Topology:
         order += 2
     # Renumber level by level, children of one parent together and by rank.
     new_index: dict[int, int] = {-1: -1}
-    parents, ranks, depths, levels = [], [], [], []
+    parents: list[int] = []
+    ranks: list[int] = []
+    depths: list[int] = []
+    levels: list[tuple[int, ...]] = []
     for depth in range(1, shape.depth + 1):
         level = [k for k, node in enumerate(chosen) if node[2] == depth]
         level.sort(key=lambda k: (new_index[chosen[k][0]], chosen[k][1]))
@@ -147,9 +150,7 @@ def _grow_ranked(scorer: LevelScorer, topology: Topology) -> TokenTree:
     return walk.tree()
 
 
-def _grow_sampled(
-    scorer: LevelScorer, topology: Topology, temperature: float, generator: torch.Generator
-) -> TokenTree:
+def _grow_sampled(scorer: LevelScorer, topology: Topology, temperature: float, generator: torch.Generator) -> TokenTree:
     """Fill a topology with children drawn without replacement, in the order drawn (Gumbel top-k, arXiv 1903.06059)."""
     walk = _TopologyWalk(scorer, topology)
     draft_probs: Tensor | None = None

@@ -8,8 +8,6 @@ of its attention interface can use it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "vsdbench"
 
 
-def grouped_attention(
+def grouped_attention(  # noqa: PLR0917 - the order is transformers'
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -26,7 +24,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Return ``[B, n, heads, head_dim]`` attention outputs (and no weights).
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from vsdbench.decoding.interfaces import TargetOutput, TokenTree
 from vsdbench.decoding.tree import ancestor_mask
@@ -56,7 +59,13 @@ class Target:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, fingerprint: str, attention_name: str = "auto"
+        self,
+        model: Any,  # noqa: ANN401 - a transformers model
+        tokenizer: Any,  # noqa: ANN401 - and its tokenizer
+        *,
+        name: str,
+        fingerprint: str,
+        attention_name: str = "auto",
     ) -> None:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
@@ -80,7 +89,7 @@ class Target:
         self._layer_types = set(getattr(self.config, "layer_types", None) or [])
         self._entering: dict[int, Tensor] = {}
         for index in set(self.feature_layers):
-            layers[index].register_forward_pre_hook(self._make_hook(index), with_kwargs=True)
+            self._watch(layers[index], index)
         self._cache: PreallocatedCache | None = None
 
     @classmethod
@@ -100,17 +109,12 @@ class Target:
         Raises:
             ConfigError: The folder is not a decoder-only model that transformers knows.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
         logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
             ).to(device)
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
@@ -200,6 +204,7 @@ class Target:
         visible: Tensor,
         key_positions: Tensor,
         cache: PreallocatedCache,
+        *,
         logits_to_keep: int = 0,
     ) -> Tensor:
         """Return ``[n, V]`` float32 logits of n tokens (of the last ``logits_to_keep`` ones if that is not 0).
@@ -235,7 +240,7 @@ class Target:
         sliding = "sliding_attention" in self._layer_types
         if self._layer_types and not sliding:
             full = additive(visible)
-            return {kind: full for kind in self._layer_types} if len(self._layer_types) > 1 else full
+            return dict.fromkeys(self._layer_types, full) if len(self._layer_types) > 1 else full
         if self.window is None:
             return additive(visible)
         windowed = additive(visible & (positions[:, None] - key_positions[None, :] < self.window))
@@ -245,11 +250,11 @@ class Target:
 
     # ---- features ----
 
-    def _make_hook(self, index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _watch(self, layer: nn.Module, index: int) -> RemovableHandle:
+        def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._entering[index] = args[0] if args else kwargs["hidden_states"]
 
-        return hook
+        return layer.register_forward_pre_hook(keep, with_kwargs=True)
 
     def _features(self) -> Tensor:
         """Return ``[n, 3H]``: what entered the three feature layers in the last forward."""
@@ -265,14 +270,14 @@ class Target:
             self.model.set_attn_implementation(self.attention)
 
 
-def choose_attention(config: Any) -> str:
+def choose_attention(config: Any) -> str:  # noqa: ANN401 - a transformers config
     """Return ours, or the model's own eager attention where scores are soft-capped or have sinks."""
     if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
         return "eager"
     return attention.register()
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:  # noqa: ANN401 - as above
     found: set[int] = set()
     generation = getattr(model, "generation_config", None)
     for value in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
