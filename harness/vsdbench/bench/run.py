@@ -1,0 +1,250 @@
+"""One suite from its name to its summary: resolve, load, train what is missing, decode, store, summarise."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vsdbench.bench.methods import Method, build_methods
+from vsdbench.bench.runner import Progress as Done
+from vsdbench.bench.runner import Runner
+from vsdbench.bench.summary import Summary, summarise
+from vsdbench.config import content_hash
+from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.models.device import choose_device, choose_dtype
+from vsdbench.models.source import fetch_model
+from vsdbench.models.target import Target
+from vsdbench.paths import results_dir
+from vsdbench.provenance import machine
+from vsdbench.store.store import RunStore, find_run, list_runs, load_manifest, load_records
+from vsdbench.suites.loaders import Suite, load_suite
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class InterruptedRunError(VsdbenchError):
+    """The user stopped a run; what was measured is on disk."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What the command line says about a run, beside the suite.
+
+    Attributes:
+        overrides: ``key=value`` changes to the suite.
+        target: Another target than the suite's.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``bf16``, ``fp16``, ``fp32`` or ``fp64``.
+        limit: Prompts to take, stratified by category.
+        resume: Continue the newest unfinished run of the same suite and settings.
+        run: Continue this run (an id, a unique beginning of it, or ``latest``).
+        results: Folder of runs.
+        trust_remote_code: Whether a hub model may bring code.
+    """
+
+    overrides: Sequence[str] = ()
+    target: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    limit: int | None = None
+    resume: bool = False
+    run: str | None = None
+    results: Path | None = None
+    trust_remote_code: bool = False
+
+
+def load_target(name: str, options: RunOptions, console: Console) -> Target:
+    """Return the target on its device, fetched first if need be, and say what it runs as.
+
+    Raises:
+        ConfigError: No such model, device or dtype.
+        EnvironmentProblemError: It cannot be fetched, or the device is not there.
+    """
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    files = fetch_model(name, progress=not console.quiet, trust_remote_code=options.trust_remote_code)
+    if files.note:
+        console.print(f"[yellow]note:[/] {files.note}")
+    target = Target.load(
+        files.path,
+        name=name,
+        fingerprint=files.fingerprint,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    console.print(f"target {name} ({files.fingerprint}) on {device}, {str(dtype).removeprefix('torch.')}")
+    return target
+
+
+def open_suite(name: str, options: RunOptions) -> Suite:
+    """Return the suite with the command line's changes applied.
+
+    Raises:
+        ConfigError: Unknown suite, key or value, or a suite without prompts.
+        EnvironmentProblemError: Its data cannot be fetched.
+    """
+    overrides = [*options.overrides, *([f"target={options.target}"] if options.target else [])]
+    return load_suite(name, overrides, limit=options.limit)
+
+
+def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, Summary]:
+    """Run a suite and return its folder and its summary.
+
+    Args:
+        name: Suite name or path.
+        options: From the command line.
+        console: Where notes and progress go (stderr).
+
+    Raises:
+        InterruptedRunError: Ctrl-C; everything measured so far is kept.
+    """
+    suite = open_suite(name, options)
+    for note in suite.notes:
+        console.print(f"[yellow]note:[/] {note}")
+    target = load_target(suite.config.target, options, console)
+    key = run_key(suite, target)
+    found = _find_resumable(key, options, console)
+    methods = build_methods(suite.config, target, console=console)
+    store = RunStore.open(found) if found else _create(suite, target, methods, key, options)
+    with store:
+        _check_same_drafters(store, methods)
+        for note in store.notes:
+            console.print(f"[yellow]note:[/] {note}")
+        with _display(console) as on_progress:
+            runner = Runner(suite, target, methods, store, on_progress)
+            try:
+                runner.run()
+            except KeyboardInterrupt as error:
+                raise InterruptedRunError(
+                    f"Interrupted: {len(store.done)} of {runner.total} decodes are kept in {store.directory}; "
+                    "the same command with --resume goes on from there."
+                ) from error
+        store.update_manifest(status="complete", finished=_now(), machine_after=machine())
+        store.write_summary()
+        summary = summarise(load_records(store.directory), manifest=store.manifest)
+    return store.directory, summary
+
+
+def run_key(suite: Suite, target: Target) -> str:
+    """Return the hash of everything that makes two runs the same run: what may be continued by ``--resume``."""
+    return content_hash(
+        {
+            "suite": suite.config.model_dump(mode="json"),
+            "prompts": suite.prompts_sha256,
+            "target": target.fingerprint,
+            "dtype": str(target.dtype),
+            "device": str(target.device),
+        }
+    )
+
+
+def _find_resumable(key: str, options: RunOptions, console: Console) -> Path | None:
+    folder = results_dir(options.results)
+    if options.run is not None:
+        run = find_run(folder, options.run)
+        if load_manifest(run).get("run_key") != key:
+            raise ConfigError(
+                f"Run '{run.name}' was made with another suite, target, dtype or device: repeat the command that "
+                "made it (its manifest.json has it), or leave --run out."
+            )
+        return run
+    open_runs = [
+        run
+        for run in list_runs(folder)
+        if (manifest := load_manifest(run)).get("run_key") == key and manifest.get("status") != "complete"
+    ]
+    if not open_runs:
+        return None
+    if options.resume:
+        console.print(f"resuming {open_runs[-1].name}")
+        return open_runs[-1]
+    console.print(f"[yellow]note:[/] {open_runs[-1].name} was left unfinished; --resume would have continued it.")
+    return None
+
+
+def _create(suite: Suite, target: Target, methods: Sequence[Method], key: str, options: RunOptions) -> RunStore:
+    run_id = f"{suite.config.name}-{datetime.now(tz=UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    config = suite.config.model_dump(mode="json")
+    manifest = {
+        "run_id": run_id,
+        "status": "running",
+        "started": _now(),
+        "run_key": key,
+        "suite": suite.config.name,
+        "suite_version": suite.config.version,
+        "prompts_sha256": suite.prompts_sha256,
+        "num_prompts": len(suite.prompts),
+        "notes": list(suite.notes),
+        "target": target.name,
+        "target_fingerprint": target.fingerprint,
+        "device": target.device.type,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "attention": target.attention,
+        "methods": _describe(methods),
+        "machine": machine(),
+    }
+    return RunStore.create(
+        results_dir(options.results) / run_id, manifest, config=yaml.safe_dump(config, sort_keys=False)
+    )
+
+
+def _describe(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": method.name,
+            "kind": method.kind,
+            "objective": method.objective,
+            "drafter_fingerprint": method.drafter_fingerprint,
+            "training": method.training,
+        }
+        for method in methods
+    ]
+
+
+def _check_same_drafters(store: RunStore, methods: Sequence[Method]) -> None:
+    """Refuse to mix two drafters' measurements under one name."""
+    before = {entry["name"]: entry["drafter_fingerprint"] for entry in store.manifest["methods"]}
+    for method in methods:
+        if before.get(method.name) != method.drafter_fingerprint:
+            raise ConfigError(
+                f"Drafter '{method.name}' has other weights ({method.drafter_fingerprint}) than when "
+                f"{store.directory.name} was started ({before.get(method.name)}): start a new run without --resume."
+            )
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[Any]:
+    """Show a bar with the time left, and yield the callback that moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=300, disable=console.quiet) as progress:
+        task = progress.add_task("decoding", total=None)
+
+        def on_progress(done: Done) -> None:
+            record = done.record
+            text = f"{record.method} · {record.mode} · {record.prompt_id}"
+            progress.update(task, description=f"{text[:44]:<44}", completed=done.done, total=done.total)
+
+        yield on_progress
+
+
+def _now() -> str:
+    return datetime.now(tz=UTC).isoformat(timespec="seconds")

@@ -1,0 +1,127 @@
+"""What there is: suites, recipes, objectives, drafters, models and runs; listed, shown, copied and validated."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vsdbench import registry
+from vsdbench.config import load_yaml, parse
+from vsdbench.errors import ConfigError, did_you_mean
+from vsdbench.models.source import list_models
+from vsdbench.paths import cache_dir, list_data, results_dir
+from vsdbench.store.store import list_runs, load_manifest
+from vsdbench.suites.schema import SuiteConfig
+
+KINDS = ("suites", "recipes", "objectives", "drafters", "models", "runs")
+
+
+def entries(kind: str, results: Path | None = None) -> list[dict[str, Any]]:
+    """Return one dict an entry, each with a ``name`` and a ``description``.
+
+    Raises:
+        ConfigError: ``kind`` is not one of ``KINDS``.
+    """
+    listers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "suites": lambda: [_from_yaml(name, path) for name, path in sorted(list_data("suites").items())],
+        "recipes": lambda: [_from_yaml(name, path) for name, path in sorted(list_data("recipes").items())],
+        "objectives": lambda: [
+            _from_plugin("vsdbench.objectives", name) for name in registry.names("vsdbench.objectives")
+        ],
+        "drafters": lambda: [_from_plugin("vsdbench.drafters", name) for name in registry.names("vsdbench.drafters")],
+        "models": lambda: [{"name": name, "description": _cached(name)} for name in list_models()],
+        "runs": lambda: [_from_run(run) for run in list_runs(results_dir(results))],
+    }
+    if kind not in listers:
+        raise ConfigError(f"There is no list of '{kind}'.{did_you_mean(kind, KINDS)}")
+    return listers[kind]()
+
+
+def find(name: str) -> tuple[str, Path | None, str]:
+    """Return kind, file (None for a plug-in) and text of a suite, recipe, objective or drafter.
+
+    Raises:
+        ConfigError: Nothing has that name.
+    """
+    known: list[str] = []
+    for kind in ("suites", "recipes"):
+        data = list_data(kind)  # type: ignore[arg-type]
+        known += data
+        stem = Path(name).stem if name.endswith(".yaml") else name
+        if stem in data:
+            return kind.removesuffix("s"), data[stem], data[stem].read_text(encoding="utf-8")
+    for group in ("vsdbench.objectives", "vsdbench.drafters"):
+        names = registry.names(group)  # type: ignore[arg-type]
+        known += names
+        if name in names:
+            return group.removeprefix("vsdbench.").removesuffix("s"), None, _documentation(registry.load(group, name))  # type: ignore[arg-type]
+    raise ConfigError(f"Nothing is called '{name}'.{did_you_mean(name, known)}")
+
+
+def copy(name: str, destination: Path) -> Path:
+    """Copy a suite or recipe out of the package, for editing, and return where it is.
+
+    Raises:
+        ConfigError: No such suite or recipe, or the file is there already.
+    """
+    kind, path, _ = find(name)
+    if path is None:
+        raise ConfigError(f"'{name}' is a {kind}, not a file: only suites and recipes can be copied.")
+    target = destination / path.name if destination.is_dir() else destination
+    if target.exists():
+        raise ConfigError(f"'{target}' exists already: choose another name or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+    return target
+
+
+def validate(path: Path) -> str:
+    """Check a suite or recipe file and return which of the two it is.
+
+    Raises:
+        ConfigError: The first thing that is wrong with it.
+    """
+    data = load_yaml(path)
+    if "sources" in data or "modes" in data:
+        suite = parse(SuiteConfig, data, where=str(path))
+        for entry in suite.drafters:
+            registry.load("vsdbench.drafters", entry.type)
+            if entry.recipe is not None and not Path(entry.recipe).is_file():
+                recipes = list_data("recipes")
+                if entry.recipe not in recipes:
+                    raise ConfigError(
+                        f"{path}: drafter '{entry.name}' names the recipe '{entry.recipe}', which does not exist."
+                        f"{did_you_mean(entry.recipe, recipes)}"
+                    )
+        return "suite"
+    parse(registry.load("vsdbench.trainers", "recipe"), data, where=str(path))
+    return "recipe"
+
+
+def _from_yaml(name: str, path: Path) -> dict[str, Any]:
+    data = load_yaml(path)
+    return {"name": name, "description": data.get("description", ""), "path": str(path)}
+
+
+def _from_plugin(group: registry.Group, name: str) -> dict[str, Any]:
+    return {"name": name, "description": _documentation(registry.load(group, name)).partition("\n")[0]}
+
+
+def _documentation(plugin: Any) -> str:  # noqa: ANN401 - whatever the plug-in registered
+    """Return the docstring of a class, or of the module that a build function stands in."""
+    documented = plugin if inspect.isclass(plugin) else inspect.getmodule(plugin)
+    return inspect.getdoc(documented) or ""
+
+
+def _from_run(run: Path) -> dict[str, Any]:
+    manifest = load_manifest(run)
+    description = f"{manifest.get('target')} · {manifest.get('dtype')} · {manifest.get('status')}"
+    return {"name": run.name, "description": description, "path": str(run)}
+
+
+def _cached(name: str) -> str:
+    cached = any((cache_dir() / "models").glob(f"{name}-*"))
+    return "in the cache" if cached else "fetched from the package index when first used"
