@@ -1,4 +1,4 @@
-"""What a run would cost, before it is started: time from a few timed forwards on this machine, memory from shapes.
+"""What a run would cost, before it is started: time from a few forwards timed on this machine, memory from shapes.
 
 Nothing is decoded. The two figures that only the run itself can give, how long answers get and how many tokens a step
 emits, are assumed as below and printed with the estimate.
