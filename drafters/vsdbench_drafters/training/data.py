@@ -1,0 +1,327 @@
+"""Training data: the target's own answers to our prompts, made once and kept.
+
+A drafter has to predict this target, so it learns from what this target says; anybody else's text teaches it the wrong
+distribution. Making the answers is the expensive part of training, so it is done by slot-wise decoding, written shard
+by shard (a killed run loses at most one shard and what was being decoded), continued where it stopped, and cached
+under a hash of everything that determines it.
+
+Which answers end up in the data depends on prompt indices alone, never on which answer was done first: the shortest
+run of prompts from ``start_index`` whose answers fill the budget. A later stage that wants prompts not seen before
+begins at ``TrainingData.next_index``.
+
+Answers of small models often end in loops. The evaluation's answers do too, so some of it belongs in the data, but it
+is the easiest text there is: an answer is cut after ``loop_repeats`` repetitions, which leaves the budget to the rest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vsdbench.config import Config, content_hash
+from vsdbench.errors import ConfigError
+from vsdbench.paths import cache_dir
+from vsdbench_drafters.training.prompts import LICENCE, PROMPTS_VERSION, WIKI_LEADS, PromptSource, Split, load_articles
+from vsdbench_drafters.training.shards import HELDOUT_OFFSET, Answer, DataFolder, TrainingData
+
+if TYPE_CHECKING:
+    import torch
+
+    from vsdbench_drafters.training.generate import Request, Response, SlotGenerator
+    from vsdbench_drafters.training.prompts import Article, Message
+
+_SHARD_SEQUENCES = 128
+_MAX_SKIPPED = 1000
+_SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+
+class DataConfig(Config):
+    """What training data to make.
+
+    Attributes:
+        source: Where prompts come from; ``wiki`` is our questions about encyclopedia articles.
+        num_tokens: Response tokens wanted; the last answer may exceed it.
+        max_new_tokens: Longest answer.
+        max_prompt_tokens: Prompts that are longer once rendered are left out.
+        temperatures: Prompt ``i`` is answered at the ``i``-th of these, in turn (0 is greedy).
+        seed: Of prompts and sampling.
+        slots: Answers decoded side by side; changes the speed only.
+        num_heldout: Answers to held-out prompts kept for validation, the same ones whatever ``start_index`` is.
+        start_index: First prompt.
+        loop_repeats: Answers end after so many exact repetitions of their tail (0: never).
+    """
+
+    source: Literal["wiki"] = "wiki"
+    num_tokens: int = Field(default=400_000, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    max_prompt_tokens: int = Field(default=320, ge=1)
+    temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1)
+    seed: int = Field(default=0, ge=0)
+    slots: int = Field(default=64, ge=1)
+    num_heldout: int = Field(default=64, ge=0)
+    start_index: int = Field(default=0, ge=0)
+    loop_repeats: int = Field(default=3, ge=0)
+
+
+class DataTarget(Protocol):
+    """What is needed of a target."""
+
+    model: object
+    tokenizer: object
+    eos_ids: frozenset[int]
+    fingerprint: str
+    dtype: torch.dtype
+
+    @property
+    def template_hash(self) -> str: ...  # noqa: D102
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...  # noqa: D102
+
+
+def estimate_seconds(config: DataConfig, tokens_per_s: float) -> float:
+    """Return how long making the data takes at a measured decoding speed, held-out answers included.
+
+    Args:
+        config: Held-out answers are taken to be half as long as allowed.
+        tokens_per_s: Response tokens a second, prefill included.
+    """
+    return (config.num_tokens + config.num_heldout * config.max_new_tokens / 2) / tokens_per_s
+
+
+def data_key(config: DataConfig, target: DataTarget) -> str:
+    """Return the hash of everything that determines the data; known before it is made."""
+    return content_hash(
+        {
+            "config": config.model_dump(exclude={"slots"}),
+            "target": target.fingerprint,
+            "template": target.template_hash,
+            "dtype": str(target.dtype),
+            "prompts": PROMPTS_VERSION,
+            "articles": WIKI_LEADS.sha256,
+        }
+    )
+
+
+def ensure_data(
+    config: DataConfig,
+    target: DataTarget,
+    *,
+    console: Console | None = None,
+    articles: Sequence[Article] | None = None,
+    excluded: frozenset[str] | None = None,
+) -> TrainingData:
+    """Return the data, from the cache or made now.
+
+    Args:
+        config: What to make.
+        target: Who answers.
+        console: Where progress goes; None shows nothing.
+        articles: In place of the fetched ones.
+        excluded: Hashes of prompts that must not be used; None means those of every evaluation suite.
+
+    Raises:
+        ConfigError: No prompt fits into ``max_prompt_tokens``.
+        EnvironmentProblemError: The articles cannot be fetched or the disk is full.
+    """
+    folder = DataFolder(cache_dir() / "data" / data_key(config, target))
+    if (data := folder.open()) is not None:
+        return data
+    if articles is None:
+        articles = load_articles(progress=console is not None)
+    if excluded is None:
+        from vsdbench.suites.loaders import evaluation_prompt_hashes  # noqa: PLC0415 - loads every suite
+
+        excluded = evaluation_prompt_hashes()
+    maker = _Maker(config, target, folder, articles, excluded)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens, {task.fields[rate]:,.0f}/s,"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console or Console(quiet=True), disable=console is None) as progress:
+        answers, next_index = maker.run(progress)
+    meta = {
+        "licence": LICENCE,
+        "source": f"{WIKI_LEADS.requirement}: {WIKI_LEADS.file}",
+        "articles_sha256": WIKI_LEADS.sha256,
+        "prompts_version": PROMPTS_VERSION,
+        "target": target.fingerprint,
+        "dtype": str(target.dtype),
+        "config": config.model_dump(mode="json"),
+        "note": "Prompts quote Wikipedia leads (CC BY-SA 4.0); responses were written by the target.",
+    }
+    return folder.finish(answers, next_index=next_index, meta=meta)
+
+
+class _Maker:
+    """One run of making data: which prompts are still wanted, and what has been answered so far."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        target: DataTarget,
+        folder: DataFolder,
+        articles: Sequence[Article],
+        excluded: frozenset[str],
+    ) -> None:
+        self._config = config
+        self._target = target
+        self._folder = folder
+        self._train, self._heldout = (
+            PromptSource(articles, seed=config.seed, split=split, excluded=excluded) for split in _SPLITS
+        )
+        self._prefix = shared_prefix(target)
+        self._answers: dict[int, Answer] = {}
+        self._seen: set[bytes] = set()
+        self._num = {"train": _Tally(), "heldout": _Tally()}
+        self._unsaved: list[Answer] = []
+        self._in_flight = 0
+        for answer in folder.load_shards().values():
+            self._note(answer)
+
+    def run(self, progress: Progress) -> tuple[list[Answer], int]:
+        """Answer prompts until the budget is filled; return the answers to keep and the first index not used."""
+        task = progress.add_task("Training data", total=self._config.num_tokens, rate=0.0)
+        made, begun = 0, time.monotonic()
+        while (selection := self._select()) is None:
+            try:
+                for response in self._generator().stream(self._requests()):
+                    self._in_flight -= 1
+                    self._keep(_answer(response))
+                    made += len(response.response_ids)
+                    completed = min(self._num["train"].tokens, self._config.num_tokens)
+                    progress.update(task, completed=completed, rate=made / (time.monotonic() - begun))
+            finally:
+                self._in_flight = 0
+                self._flush()
+        return selection
+
+    def _generator(self) -> SlotGenerator:
+        from vsdbench_drafters.training.generate import SlotGenerator  # noqa: PLC0415 - imports torch
+
+        config = self._config
+        return SlotGenerator(
+            self._target.model,
+            eos_ids=self._target.eos_ids,
+            slots=config.slots,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            shared_prefix=self._prefix,
+            loop_repeats=config.loop_repeats,
+        )
+
+    # ---- which prompts ----
+
+    def _requests(self) -> Iterator[Request]:
+        """Yield prompts that have no answer yet, in order, until those in flight will probably fill the budget."""
+        for key in self._keys("heldout"):
+            if self._num["heldout"].answers + self._in_flight >= self._config.num_heldout:
+                break
+            yield from self._request(key, self._heldout)
+        heldout_in_flight = self._in_flight
+        for key in self._keys("train"):
+            tally = self._num["train"]
+            coming = max(0, self._in_flight - heldout_in_flight) * tally.mean(self._config.max_new_tokens)
+            if tally.tokens + coming >= self._config.num_tokens:
+                break
+            yield from self._request(key, self._train)
+
+    def _keys(self, split: Split) -> Iterator[int]:
+        return itertools.count(HELDOUT_OFFSET if split == "heldout" else self._config.start_index)
+
+    def _request(self, key: int, prompts: PromptSource) -> Iterator[Request]:
+        """Yield the prompt's request, or note that it does not fit; nothing if it has an answer."""
+        from vsdbench_drafters.training.generate import Request  # noqa: PLC0415 - imports torch
+
+        if key in self._answers:
+            return
+        index, config = key % HELDOUT_OFFSET, self._config
+        ids = self._target.encode_chat(prompts[index].messages)
+        prefix = len(self._prefix)
+        if prefix < len(ids) <= config.max_prompt_tokens and ids[:prefix] == self._prefix:
+            self._in_flight += 1
+            yield Request(key, ids, config.temperatures[index % len(config.temperatures)])
+            return
+        self._keep(Answer(key, np.zeros(0, dtype=np.int32), 0, 0.0, "skipped"))
+        if not self._seen and len(self._answers) >= _MAX_SKIPPED:
+            raise ConfigError(
+                f"none of {_MAX_SKIPPED} prompts has at most {config.max_prompt_tokens} tokens, the last one has "
+                f"{len(ids)}; raise 'max_prompt_tokens'."
+            )
+
+    # ---- what was answered ----
+
+    def _keep(self, answer: Answer) -> None:
+        self._note(answer)
+        self._unsaved.append(answer)
+        if len(self._unsaved) >= _SHARD_SEQUENCES:
+            self._flush()
+
+    def _note(self, answer: Answer) -> None:
+        self._answers[answer.key] = answer
+        if answer.num_response_tokens and answer.response_digest not in self._seen:
+            self._seen.add(answer.response_digest)
+            tally = self._num["heldout" if answer.key >= HELDOUT_OFFSET else "train"]
+            tally.answers += 1
+            tally.tokens += answer.num_response_tokens
+
+    def _flush(self) -> None:
+        if self._unsaved:
+            self._folder.save_shard(self._unsaved)
+            self._unsaved = []
+
+    def _select(self) -> tuple[list[Answer], int] | None:
+        """Return what to keep and the first index not used, or None while answers are missing.
+
+        In prompt order, held-out first, each response once.
+        """
+        kept: list[Answer] = []
+        seen: set[bytes] = set()
+        for split, enough in (("heldout", self._config.num_heldout), ("train", self._config.num_tokens)):
+            have = 0
+            for key in self._keys("heldout" if split == "heldout" else "train"):
+                if have >= enough:
+                    break
+                answer = self._answers.get(key)
+                if answer is None:
+                    return None
+                if answer.num_response_tokens and answer.response_digest not in seen:
+                    seen.add(answer.response_digest)
+                    kept.append(answer)
+                    have += 1 if split == "heldout" else answer.num_response_tokens
+        return kept, key
+
+
+class _Tally:
+    """Distinct answers so far, and their tokens."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.tokens = 0
+
+    def mean(self, longest: int) -> float:
+        """Return the expected length of an answer; a few early, short ones are not believed."""
+        return self.tokens / self.answers if self.answers >= 64 else longest / 2
+
+
+def shared_prefix(target: DataTarget) -> list[int]:
+    """Return the tokens with which every rendered prompt begins: the chat template's part before the user's text."""
+    texts = ("A", "zebra?", "{", "12 is")
+    rendered = [target.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rendered, strict=False))
+    return [tokens[0] for tokens in same]
+
+
+def _answer(response: Response) -> Answer:
+    request = response.request
+    ids = np.concatenate([np.array(request.prompt_ids, dtype=np.int32), response.response_ids])
+    return Answer(request.index, ids, len(request.prompt_ids), request.temperature, response.stop_reason)

@@ -1,0 +1,210 @@
+"""Training data must be the same however often making it was interrupted, and complete or absent, never half."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vsdbench.errors import ConfigError
+from vsdbench_drafters.training import data as data_module
+from vsdbench_drafters.training import generate
+from vsdbench_drafters.training.data import DataConfig, data_key, ensure_data, estimate_seconds, shared_prefix
+from vsdbench_drafters.training.prompts import Article, split_of
+from vsdbench_drafters.training.shards import Answer, DataFolder
+
+ARTICLES = [Article(f"Topic{i:03d}", f"It was found in {1000 + i}.") for i in range(300)]
+CONFIG = DataConfig(num_tokens=900, max_new_tokens=24, max_prompt_tokens=400, slots=8, num_heldout=5, seed=4)
+
+
+class ByteTarget:
+    """A tiny random model that reads bytes."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+        for parameter in self.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        self.tokenizer = None
+        self.eos_ids = frozenset({2, 17})
+        self.fingerprint = "tiny"
+        self.template_hash = "bytes"
+        self.dtype = torch.float32
+
+    def encode_chat(self, messages):
+        turns = [[290, *(3 + byte for byte in message["content"].encode()), 291] for message in messages]
+        return [280, 281, *itertools.chain(*turns), 292]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return ByteTarget()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def make(target, config=CONFIG, **more):
+    return ensure_data(config, target, articles=ARTICLES, excluded=frozenset(), **more)
+
+
+def as_lists(sequences):
+    return [(s.index, s.prompt_len, s.temperature, s.stop, s.ids.tolist()) for s in sequences]
+
+
+def test_budget_split_and_order(target):
+    made = make(target)
+    assert made.num_response_tokens >= CONFIG.num_tokens
+    last = made.sequences[-1]
+    assert made.num_response_tokens - (len(last.ids) - last.prompt_len) < CONFIG.num_tokens
+    assert len(made.heldout) == CONFIG.num_heldout
+    indices = [sequence.index for sequence in made.sequences]
+    assert indices == sorted(indices)
+    assert made.next_index == indices[-1] + 1
+    assert made.meta["licence"] == "CC BY-SA 4.0"
+    assert made.sequences.lengths.tolist() == [len(sequence.ids) for sequence in made.sequences]
+    assert as_lists(made.sequences[2:4]) == as_lists(made.sequences)[2:4]
+    for sequence in made.sequences:
+        assert sequence.temperature == CONFIG.temperatures[sequence.index % 2]
+        assert sequence.ids[sequence.prompt_len - 1] == 292
+        assert (sequence.stop == "eos") == (int(sequence.ids[-1]) in target.eos_ids)
+
+
+def test_responses_are_distinct_and_heldout_articles_apart(target):
+    made = make(target)
+    responses = [tuple(s.ids[s.prompt_len :].tolist()) for s in (*made.sequences, *made.heldout)]
+    assert len(set(responses)) == len(responses)
+
+    def text(sequences):
+        return " ".join(bytes(int(t) - 3 for t in s.ids[: s.prompt_len] if 3 <= t < 259).decode() for s in sequences)
+
+    heldout = [article.title for article in ARTICLES if split_of(article.title) == "heldout"]
+    assert not any(title in text(made.sequences) for title in heldout)
+
+
+def test_second_call_reads_the_cache(target, monkeypatch):
+    first = make(target)
+    monkeypatch.setattr(generate.SlotGenerator, "stream", lambda *_: pytest.fail("made again"))
+    second = make(target)
+    assert as_lists(second.sequences) == as_lists(first.sequences)
+    assert second.fingerprint == first.fingerprint
+    assert not list(first.path.glob("shard-*"))
+
+
+@pytest.mark.parametrize("kill_after", [1, 9, 30])
+def test_interrupted_run_continues_to_the_same_data(target, tmp_path, monkeypatch, kill_after):
+    expected = make(target)
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(data_module, "_SHARD_SEQUENCES", 4)
+    stream, answered = generate.SlotGenerator.stream, []
+
+    def killed(self, requests):
+        for count, response in enumerate(stream(self, requests)):
+            if count == kill_after:
+                raise KeyboardInterrupt
+            yield response
+
+    def counted(self, requests):
+        for response in stream(self, requests):
+            answered.append(response.request.index)
+            yield response
+
+    monkeypatch.setattr(generate.SlotGenerator, "stream", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(target)
+    monkeypatch.setattr(generate.SlotGenerator, "stream", counted)
+    resumed = make(target)
+    assert as_lists(resumed.sequences) == as_lists(expected.sequences)
+    assert as_lists(resumed.heldout) == as_lists(expected.heldout)
+    assert resumed.fingerprint == expected.fingerprint
+    assert len(answered) <= len(expected.sequences) + len(expected.heldout) + 3 * CONFIG.slots - kill_after
+
+
+def test_torn_shard_and_torn_result_are_made_again(target):
+    expected = make(target)
+    before = as_lists(expected.sequences)  # read now: the map does not survive the truncation
+    (expected.path / "shard-torn.npz").write_bytes(b"PK\x03\x04 torn")
+    with (expected.path / "tokens.npy").open("r+b") as stream:
+        stream.truncate(200)
+    again = make(target)
+    assert as_lists(again.sequences) == before
+    assert not list(again.path.glob("shard-*"))
+
+
+def test_later_stage_gets_fresh_prompts_and_the_same_heldout(target):
+    first = make(target)
+    later = make(target, CONFIG.model_copy(update={"start_index": first.next_index, "num_tokens": 300}))
+    assert later.sequences[0].index == first.next_index
+    assert as_lists(later.heldout) == as_lists(first.heldout)
+
+
+def test_slots_change_nothing_but_speed(target, tmp_path, monkeypatch):
+    first = make(target)
+    slower = CONFIG.model_copy(update={"slots": 3})
+    assert data_key(slower, target) == data_key(CONFIG, target)
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "other"))
+    assert as_lists(make(target, slower).sequences) == as_lists(first.sequences)
+
+
+def test_key_depends_on_what_determines_the_data(target):
+    keys = {data_key(CONFIG, target)}
+    for change in ({"seed": 5}, {"num_tokens": 901}, {"temperatures": (0.0,)}, {"start_index": 1}):
+        keys.add(data_key(CONFIG.model_copy(update=change), target))
+    other = ByteTarget()
+    other.fingerprint = "another"
+    keys.add(data_key(CONFIG, other))
+    assert len(keys) == 6
+
+
+def test_prompts_that_never_fit_are_an_error(target, monkeypatch):
+    monkeypatch.setattr(data_module, "_MAX_SKIPPED", 30)
+    with pytest.raises(ConfigError, match="max_prompt_tokens"):
+        make(target, CONFIG.model_copy(update={"max_prompt_tokens": 10}))
+
+
+def test_some_long_prompts_are_left_out(target):
+    made = make(target, CONFIG.model_copy(update={"max_prompt_tokens": 150}))
+    assert max(sequence.prompt_len for sequence in made.sequences) <= 150
+    assert len(made.sequences) < made.next_index
+
+
+def test_shared_prefix(target):
+    assert shared_prefix(target) == [280, 281, 290]
+
+
+def test_progress_is_shown_with_speed(target):
+    stream = io.StringIO()
+    make(target, console=Console(file=stream, force_terminal=True, width=100))
+    assert "Training data" in stream.getvalue()
+    assert "tokens" in stream.getvalue()
+
+
+def test_estimate():
+    config = DataConfig(num_tokens=1000, num_heldout=10, max_new_tokens=20)
+    assert estimate_seconds(config, 100.0) == pytest.approx(11.0)
+
+
+def test_large_vocabularies_keep_their_ids(tmp_path):
+    answer = Answer(3, np.array([70_000, 5], dtype=np.int32), 1, 0.0, "eos")
+    made = DataFolder(tmp_path / "large").finish([answer], next_index=4, meta={})
+    assert made.sequences[0].ids.tolist() == [70_000, 5]
+    assert made.sequences[0].ids.dtype == np.int32

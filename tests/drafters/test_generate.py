@@ -1,0 +1,204 @@
+"""Slot-wise decoding must say exactly what one-by-one decoding says, whatever the schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from vsdbench.errors import ConfigError
+from vsdbench_drafters.training.generate import Request, SlotGenerator, ends_in_loop
+from vsdbench_drafters.training.sampling import pick_tokens
+
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = ["full_attention", "sliding_attention", "full_attention"]
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=9),
+    "qwen3": Qwen3Config(**SIZES),
+    "qwen3-sliding": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=9, layer_types=KINDS),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=9, layer_types=KINDS),
+}
+
+
+def make_model(kind: str = "llama"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32, attn_implementation="sdpa")
+    for parameter in model.parameters():  # wide weights: no ties, and text that does not repeat itself at once
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def make_prompts(count: int, prefix: tuple[int, ...] = (5, 6, 7)) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [[*prefix, *rng.integers(3, VOCABULARY, size=rng.integers(1, 20)).tolist()] for _ in range(count)]
+
+
+def one_by_one(model, prompt: list[int], max_new_tokens: int, eos: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def slot_wise(model, prompts, *, temperature=0.0, slots=4, max_new_tokens=24, eos=(2,), prefix=(5, 6, 7), **more):
+    generator = SlotGenerator(
+        model,
+        eos_ids=eos,
+        slots=slots,
+        max_prompt_tokens=32,
+        max_new_tokens=max_new_tokens,
+        shared_prefix=prefix,
+        **more,
+    )
+    requests = [Request(index, prompt, temperature) for index, prompt in enumerate(prompts)]
+    return {response.request.index: response for response in generator.stream(iter(requests))}
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("prefix", [(), (5, 6, 7)], ids=["no-prefix", "prefix"])
+def test_greedy_equals_generate(kind, prefix):
+    model, prompts = make_model(kind), make_prompts(11, prefix)
+    plain = [one_by_one(model, prompt, 24, [96]) for prompt in prompts]
+    # An end-of-text token that really occurs in the middle of some answers.
+    eos = plain[3][10]
+    expected = [one_by_one(model, prompt, 24, [eos]) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 1
+    found = slot_wise(model, prompts, eos=(eos,), prefix=prefix)
+    assert [found[index].response_ids.tolist() for index in range(11)] == expected
+    reasons = ["eos" if answer[-1] == eos else "length" for answer in expected]
+    assert [found[index].stop_reason for index in range(11)] == reasons
+
+
+@pytest.mark.parametrize("slots", [1, 3, 32])
+def test_answers_do_not_depend_on_the_number_of_slots(slots):
+    model, prompts = make_model(), make_prompts(9)
+    for temperature in (0.0, 1.0):
+        expected = slot_wise(model, prompts, slots=5, temperature=temperature, seed=3)
+        found = slot_wise(model, prompts, slots=slots, temperature=temperature, seed=3)
+        assert found.keys() == expected.keys()
+        for index, response in found.items():
+            assert response.response_ids.tolist() == expected[index].response_ids.tolist()
+
+
+def test_rows_are_reordered_without_changing_answers():
+    model, prompts = make_model(), make_prompts(24)
+    found = slot_wise(model, prompts, slots=16, max_new_tokens=100)  # several re-orderings, a long tail
+    for index in (0, 7, 23):
+        assert found[index].response_ids.tolist() == one_by_one(model, prompts[index], 100, [2])
+
+
+def test_seed_changes_samples_and_greedy_ignores_it():
+    model, prompts = make_model(), make_prompts(4)
+
+    def answers(temperature, seed):
+        found = slot_wise(model, prompts, temperature=temperature, seed=seed)
+        return [found[index].response_ids.tolist() for index in range(4)]
+
+    assert answers(1.0, 0) == answers(1.0, 0)
+    assert answers(1.0, 0) != answers(1.0, 1)
+    assert answers(0.0, 0) == answers(0.0, 1)
+
+
+def test_generator_can_be_used_again_and_restores_the_model():
+    model, prompts = make_model(), make_prompts(5)
+    before = model.config._attn_implementation
+    generator = SlotGenerator(model, eos_ids=[2], slots=2, max_prompt_tokens=32, max_new_tokens=8)
+    requests = [Request(index, prompt) for index, prompt in enumerate(prompts)]
+    first = {r.request.index: r.response_ids.tolist() for r in generator.stream(requests)}
+    again = {r.request.index: r.response_ids.tolist() for r in generator.stream(reversed(requests))}
+    assert first == again
+    assert model.config._attn_implementation == before
+    assert list(generator.stream([])) == []
+
+
+def test_eager_models_keep_their_own_attention():
+    model, prompts = make_model(), make_prompts(5)
+    model.set_attn_implementation("eager")
+    found = slot_wise(model, prompts)
+    assert [found[i].response_ids.tolist() for i in range(5)] == [one_by_one(model, p, 24, [2]) for p in prompts]
+
+
+def test_loops_end_answers():
+    model = make_model()
+    with torch.no_grad():  # a model that only looks at the last token loops sooner or later
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    prompts = make_prompts(6)
+    plain = slot_wise(model, prompts, max_new_tokens=200, eos=())
+    cut = slot_wise(model, prompts, max_new_tokens=200, eos=(), loop_repeats=3)
+    assert any(response.stop_reason == "loop" for response in cut.values())
+    for index, response in cut.items():
+        ids = response.response_ids
+        assert ids.tolist() == plain[index].response_ids[: len(ids)].tolist()
+        assert (response.stop_reason == "loop") == ends_in_loop(ids, 3)
+
+
+def test_long_dashes_are_no_loop():
+    assert not ends_in_loop(np.full(30, 7, dtype=np.int32), 3)
+    assert ends_in_loop(np.full(60, 7, dtype=np.int32), 3)
+
+
+@pytest.mark.parametrize("prompt", [[], [5, 6, 7], [9, 6, 7, 8], [5, 6, 7] + [8] * 40])
+def test_unfit_prompts_are_refused(prompt):
+    with pytest.raises(ValueError, match="prompt 0"):
+        slot_wise(make_model(), [prompt])
+
+
+def test_unknown_layer_types_are_refused():
+    model = make_model("qwen3")
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ConfigError, match="linear_attention"):
+        SlotGenerator(model, eos_ids=[2], slots=2, max_prompt_tokens=8, max_new_tokens=8)
+
+
+def test_pick_tokens_inverts_the_distribution_function():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 300) * 3
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    for temperature in (1.0, 0.5):
+        tokens = pick_tokens(logits.expand(20_000, -1), torch.full((20_000,), temperature), uniforms)
+        share = torch.bincount(tokens, minlength=300) / 20_000
+        expected = torch.softmax(logits[0] / temperature, dim=-1)
+        assert torch.all((share - expected).abs() <= 1.01 / 20_000)
+        assert torch.all(tokens[1:] >= tokens[:-1])
+
+
+def test_pick_tokens_never_picks_what_is_impossible():
+    logits = torch.full((3, 260), -torch.inf)
+    logits[:, 129:133] = 0.0
+    uniforms = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
+    assert pick_tokens(logits, torch.ones(3), uniforms).tolist() == [129, 131, 132]
+
+
+def test_pick_tokens_mixes_greedy_and_sampled_rows():
+    logits = torch.tensor([[0.0, 1.0, 0.9]] * 3, dtype=torch.bfloat16)
+    temperatures, uniforms = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.999, 0.999, 0.0], dtype=torch.float64)
+    assert pick_tokens(logits, temperatures, uniforms).tolist() == [1, 2, 0]
