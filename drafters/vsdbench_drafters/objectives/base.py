@@ -1,0 +1,160 @@
+"""What an objective sees and returns: a packed batch, the target's view of it, the drafter being trained.
+
+A batch is packed: the N tokens of all its sequences stand in one flat row, so that no padding is ever multiplied.
+*Slot* t of a sequence pairs the target's feature of token t with the embedding of token t + 1; with its own first
+output it predicts token t + 2. Training-time test (EAGLE-3, arXiv 2503.01840) then feeds the output back: at step i
+the same slot sees token t + 1 + i and predicts token t + 2 + i. Only slots whose first prediction is a response token
+are *rows* of the loss.
+
+Shape legend: N packed tokens, R rows, H drafter width, V target vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one sequence lies in the packed batch.
+
+    Attributes:
+        start: First token in the flat row.
+        length: Number of tokens, prompt included.
+        first_slot: First slot (relative to ``start``) that is a row of the loss.
+        first_row: Index of that row among the R rows of the batch.
+    """
+
+    start: int
+    length: int
+    first_slot: int
+    first_row: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this sequence: slots ``first_slot`` … ``length - 3``, each with a token t + 2 to predict."""
+        return self.length - 2 - self.first_slot
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """A packed batch.
+
+    Attributes:
+        tokens: ``[N]`` int64.
+        features: ``[N, 3H_target]`` features of the target, slot by slot.
+        spans: The sequences, in packed order.
+        slots: ``[R]`` int64, flat slot index of every row.
+        ends: ``[R]`` int64, flat index just behind the last token of the row's sequence.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    spans: tuple[Span, ...]
+    slots: Tensor
+    ends: Tensor
+
+    @classmethod
+    def pack(cls, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], features: Tensor) -> DraftBatch:
+        """Return the batch of these sequences; ``features`` are ``[N, 3H]`` in the same order.
+
+        A sequence without a response token to predict contributes no row.
+        """
+        spans, slots, ends, start, row = [], [], [], 0, 0
+        for sequence, prompt_len in zip(sequences, prompt_lens, strict=True):
+            # Slot t predicts token t + 2, so the first response token (index prompt_len) belongs to prompt_len - 2.
+            first_slot = min(max(prompt_len - 2, 0), max(len(sequence) - 2, 0))
+            span = Span(start, len(sequence), first_slot, row)
+            if span.num_rows > 0:
+                spans.append(span)
+                slots.append(torch.arange(start + first_slot, start + len(sequence) - 2))
+                ends.append(torch.full((span.num_rows,), start + len(sequence)))
+                row += span.num_rows
+            start += len(sequence)
+        device = features.device
+        flat = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64)
+        return cls(
+            flat.to(device),
+            features,
+            tuple(spans),
+            torch.cat([empty, *slots]).to(device),
+            torch.cat([empty, *ends]).to(device),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """R: response tokens that the first step predicts."""
+        return len(self.slots)
+
+    def inputs(self, step: int) -> Tensor:
+        """Return ``[R]`` int64: the token that a row sees at a step (t + 1 + step; the last one beyond the end)."""
+        return self.tokens[torch.minimum(self.slots + 1 + step, self.ends - 1)]
+
+    def labels(self, step: int) -> Tensor:
+        """Return ``[R]`` int64: the token that a row predicts at a step (t + 2 + step)."""
+        return self.tokens[torch.minimum(self.slots + 2 + step, self.ends - 1)]
+
+    def mask(self, step: int) -> Tensor:
+        """Return ``[R]`` bool: rows whose prediction at a step still lies inside the sequence."""
+        return self.slots + 2 + step < self.ends
+
+
+@dataclass(slots=True)
+class TargetView:
+    """The target's distributions at the rows of a batch, over the draft vocabulary, computed once when first asked for.
+
+    Step i of row r predicts the token that row r + i predicts first, so one ``[R, Vd]`` tensor serves all steps: step i
+    reads it from row i on, and ``DraftBatch.mask`` says which rows stay inside their sequence.
+
+    Attributes:
+        hidden: ``[R, H_target]``, the target's last normed hidden states at position t + 1 of every row.
+        head: ``[Vd, H_target]``, the rows of the target's LM head that the draft vocabulary keeps.
+        target_to_draft: ``[V]`` int64, the draft id of every target id, -1 where there is none.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    target_to_draft: Tensor
+    _probs: Tensor | None = field(default=None, repr=False)
+
+    def probs(self) -> Tensor:
+        """Return ``[R, Vd]`` float32 probabilities, renormalised over the draft vocabulary."""
+        if self._probs is None:
+            with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+                logits = self.hidden.to(self.head.dtype) @ self.head.T
+                wide = logits if logits.dtype == torch.float64 else logits.float()
+                self._probs = torch.softmax(wide, dim=-1)
+        return self._probs
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A scalar loss with its graph, and detached numbers for the log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A training objective. It never touches optimisers, data order or checkpoints."""
+
+    name: str
+
+    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+        """Return the mean loss of a batch."""
+
+
+def unroll(drafter: Eagle3Model, batch: DraftBatch, num_steps: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(step, hidden [R, H])``, the normed outputs of the training-time test along the data's own tokens."""
+    context = drafter.start(batch)
+    for step in range(num_steps):
+        yield step, drafter.norm(drafter.advance(context, batch.inputs(step)))

@@ -1,0 +1,183 @@
+"""Token-level objectives: cross-entropy on the target's own tokens, and forward KL to the target's distribution.
+
+Plain functions of logits say what is meant; one fused function computes the same from hidden states and the LM head
+without keeping a ``[rows, vocabulary]`` float32 tensor per step alive, and the tests hold it against the plain ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vsdbench_drafters.objectives.base import DraftBatch, LossOutput, TargetView, unroll
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+
+_CHUNK_ELEMENTS = 1 << 20  # a chunk of float32 logits stays in the cache of a CPU core complex (4 MiB)
+
+
+def cross_entropy(draft_logits: Tensor, target_tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of -log q(y) over the kept rows (EAGLE, arXiv 2401.15077; Medusa, arXiv 2401.10774).
+
+    Args:
+        draft_logits: ``[R, Vd]``.
+        target_tokens: ``[R]`` int64 draft-vocabulary ids of the target's own tokens; -1 (outside) is masked.
+        mask: ``[R]`` bool.
+    """
+    keep = mask & (target_tokens >= 0)
+    losses = F.cross_entropy(_wide(draft_logits), target_tokens.clamp(min=0), reduction="none")
+    return (losses * keep).sum() / keep.sum().clamp(min=1)
+
+
+def forward_kl(draft_logits: Tensor, target_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(soft_ce, kl)``, means over the kept rows of -Σ p log q and of Σ p log(p/q) (EAGLE-3, arXiv 2503.01840).
+
+    They differ by the target's entropy, so their gradients are equal; the soft cross-entropy is the training loss.
+
+    Args:
+        draft_logits: ``[R, Vd]``.
+        target_probs: ``[R, Vd]`` p, normalised over the draft vocabulary.
+        mask: ``[R]`` bool.
+    """
+    log_q = torch.log_softmax(_wide(draft_logits), dim=-1)
+    soft_ce = -(target_probs * log_q).sum(-1)
+    entropy = torch.special.entr(target_probs).sum(-1)
+    count = mask.sum().clamp(min=1)
+    return (soft_ce * mask).sum() / count, ((soft_ce - entropy) * mask).sum() / count
+
+
+def step_weights(num_steps: int, decay: float = 0.8) -> list[float]:
+    """Return the weights ``decay**i`` of the training-time-test steps, divided by their sum.
+
+    >>> [round(w, 3) for w in step_weights(3)]
+    [0.41, 0.328, 0.262]
+    """
+    raw = [decay**i for i in range(num_steps)]
+    return [weight / sum(raw) for weight in raw]
+
+
+def fused_soft_cross_entropy(hidden: Tensor, head: Tensor, target_probs: Tensor, row_weights: Tensor) -> Tensor:
+    """Return Σ_r w_r (-Σ_v p log q) with ``q = softmax(hidden @ head.T)``, gradients computed in the same pass.
+
+    The gradient of the logits is ``w (q - p)``; computing it in the forward pass needs one sweep over each chunk of
+    logits instead of four, and keeps it only in ``hidden``'s dtype.
+
+    Args:
+        hidden: ``[R, H]``.
+        head: ``[Vd, H]``, any floating dtype; multiplied in ``hidden``'s dtype.
+        target_probs: ``[R, Vd]``.
+        row_weights: ``[R]``; 0 masks a row.
+    """
+    loss: Tensor = _FusedCrossEntropy.apply(hidden, head, target_probs, row_weights)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def fused_cross_entropy(hidden: Tensor, head: Tensor, target_tokens: Tensor, row_weights: Tensor) -> Tensor:
+    """Return Σ_r w_r (-log q(y_r)); as ``fused_soft_cross_entropy`` with ``target_tokens`` ``[R]`` int64 ≥ 0."""
+    loss: Tensor = _FusedCrossEntropy.apply(hidden, head, target_tokens, row_weights)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """LM head, softmax, (soft) cross-entropy and their gradients, chunk by chunk over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:  # noqa: ANN401
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head.to(hidden.dtype)
+            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            grad_logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+            chunk = max(1, _CHUNK_ELEMENTS // len(weight))
+            for first in range(0, len(hidden), chunk):
+                rows = slice(first, min(first + chunk, len(hidden)))
+                loss, gradient = _row_losses((hidden[rows] @ weight.T).to(wide), targets[rows])
+                total += (loss * row_weights[rows]).sum()
+                grad_logits[rows] = gradient.mul_(row_weights[rows, None])
+            grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
+            grad_head = (grad_logits.T @ hidden).to(head.dtype) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(*(g for g in (grad_hidden, grad_head) if g is not None))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN401
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) * grad_output if needed else None for needed in ctx.needs_input_grad[:2]]
+        return grads[0], grads[1], None, None
+
+
+def _row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``([r] losses, [r, Vd] d loss / d logits)``; ``logits`` is overwritten where that saves a copy."""
+    if targets.dim() == 1:
+        log_q = torch.log_softmax(logits, dim=-1)
+        picked = targets[:, None]
+        losses = -log_q.gather(-1, picked)[:, 0]
+        gradient = log_q.exp_()
+        return losses, gradient.scatter_add_(-1, picked, -torch.ones_like(picked, dtype=gradient.dtype))
+    expected = torch.linalg.vecdot(logits, targets.to(logits.dtype))
+    normaliser = torch.logsumexp(logits, dim=-1)
+    gradient = logits.sub_(normaliser[:, None]).exp_().sub_(targets)
+    return normaliser - expected, gradient
+
+
+class CrossEntropy:
+    """Entry point ``ce``: -log q of the target's own tokens, over ``ttt_steps`` weighted ``step_weight**i``."""
+
+    name = "ce"
+
+    def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8) -> None:
+        self.weights = step_weights(ttt_steps, step_weight)
+
+    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+        """Return the weighted mean over the steps; tokens outside the draft vocabulary are masked."""
+
+        def of_step(step: int, hidden: Tensor) -> Tensor:
+            labels = target_view.target_to_draft[batch.labels(step)]
+            keep = (batch.mask(step) & (labels >= 0)).float()
+            return fused_cross_entropy(hidden, drafter.lm_head.weight, labels.clamp(min=0), _mean_weights(keep))
+
+        return _weighted_steps(self.weights, batch, drafter, of_step)
+
+
+class ForwardKL:
+    """Entry point ``kl``: soft cross-entropy to the target's distribution, over ``ttt_steps`` (EAGLE-3)."""
+
+    name = "kl"
+
+    def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8) -> None:
+        self.weights = step_weights(ttt_steps, step_weight)
+
+    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+        """Return the weighted mean over the steps."""
+        probs = target_view.probs()
+
+        def of_step(step: int, hidden: Tensor) -> Tensor:
+            rows = len(hidden) - step  # row r at this step is held against the target's row r + step
+            keep = batch.mask(step)[:rows].float()
+            return fused_soft_cross_entropy(hidden[:rows], drafter.lm_head.weight, probs[step:], _mean_weights(keep))
+
+        return _weighted_steps(self.weights, batch, drafter, of_step)
+
+
+def _weighted_steps(
+    weights: list[float], batch: DraftBatch, drafter: Eagle3Model, of_step: Callable[[int, Tensor], Tensor]
+) -> LossOutput:
+    terms = [of_step(step, hidden) for step, hidden in unroll(drafter, batch, len(weights))]
+    loss = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
+    return LossOutput(loss, {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)})
+
+
+def _mean_weights(keep: Tensor) -> Tensor:
+    """Return row weights that turn a weighted sum into the mean over the kept rows."""
+    return keep / keep.sum().clamp(min=1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits in float32, or float64 if they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()

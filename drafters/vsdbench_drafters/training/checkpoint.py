@@ -1,0 +1,64 @@
+"""Resumable training state: one safetensors file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vsdbench.errors import ConfigError, EnvironmentProblemError
+
+
+def save_state(path: Path, groups: dict[str, dict[str, Tensor]], *, step: int, key: str) -> None:
+    """Write named groups of tensors (model, optimiser, average) with the number of steps done.
+
+    Args:
+        path: The file; what was there before is replaced in one rename.
+        groups: Tensors by group and name.
+        step: Optimiser steps done.
+        key: Hash of the training that this state belongs to.
+
+    Raises:
+        EnvironmentProblemError: The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {
+        f"{group}:{name}": tensor.detach().cpu().clone().contiguous()
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(flat, partial, metadata={"step": str(step), "key": key})
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or "No space left" in str(error):
+            raise EnvironmentProblemError(f"the disk is full: {path} cannot be written; free some space.") from error
+        raise
+    partial.replace(path)
+
+
+def load_state(path: Path, *, key: str) -> tuple[dict[str, dict[str, Tensor]], int] | None:
+    """Return ``(groups, step)``, or None if there is no such file or it belongs to another training.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    if not path.exists():
+        return None
+    groups: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                group, _, inner = name.partition(":")
+                groups.setdefault(group, {})[inner] = file.get_tensor(name)
+            return groups, int(metadata["step"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the training checkpoint '{path}' is damaged; delete it to start again.") from error

@@ -1,0 +1,211 @@
+"""The training loop: batches in a fixed order, a loss, an optimiser, checkpoints.
+
+The data order depends on seed and epoch alone and nothing else draws random numbers, so a training that continues
+from a checkpoint ends bitwise where an uninterrupted one does. A first Ctrl-C lets the current step finish and saves.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vsdbench_drafters.training.checkpoint import load_state, save_state
+from vsdbench_drafters.training.features import BatchMaker, plan_batches
+from vsdbench_drafters.training.optim import lr_scale, make_optimisers
+
+if TYPE_CHECKING:
+    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+    from vsdbench_drafters.objectives.base import Objective
+    from vsdbench_drafters.training.heldout import HeldOut
+    from vsdbench_drafters.training.recipe import TrainingConfig
+
+_EVALUATIONS = 12  # over a whole training
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training is, after one optimiser step."""
+
+    step: int
+    num_steps: int
+    tokens: int
+    loss: float
+    heldout: dict[str, float]
+
+
+class TrainingLoop:
+    """Trains a drafter in place.
+
+    Args:
+        model: The drafter, float32 weights.
+        objective: What is minimised.
+        maker: Makes batches from the training data.
+        heldout: Scored now and then and at the end; None: never.
+        config: How to train.
+        autocast: bfloat16 products.
+        folder: For ``resume.safetensors`` and ``log.jsonl``.
+        key: Hash of this training: a checkpoint of another one is not resumed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Eagle3Model,
+        objective: Objective,
+        maker: BatchMaker,
+        heldout: HeldOut | None,
+        config: TrainingConfig,
+        autocast: bool,
+        folder: Path,
+        key: str,
+    ) -> None:
+        self.model = model
+        self._objective = objective
+        self._maker = maker
+        self._heldout = heldout
+        self._config = config
+        self._autocast = autocast
+        self._folder = folder
+        self._key = key
+        self._optimisers = make_optimisers(model, config)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._average = {name: p.detach().clone() for name, p in self._trained.items()} if config.ema else {}
+        rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in maker.sequences]
+        self._steps = self._plan(rows)
+        self._rows = rows
+        self._metrics: dict[str, float] = {}
+
+    def _plan(self, rows: list[int]) -> list[list[list[int]]]:
+        """Return the batches of every optimiser step of the whole training."""
+        config = self._config
+        steps: list[list[list[int]]] = []
+        for epoch in range(config.epochs):
+            batches = plan_batches(rows, config.batch_tokens, seed=config.seed, epoch=epoch)
+            steps += [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
+        return steps
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return len(self._steps)
+
+    def run(self, *, resume: bool = True, report: Callable[[Progress], None] = lambda _: None) -> Progress:
+        """Train to the end, then put the averaged weights in place if there are any.
+
+        Args:
+            resume: Continue from the folder's checkpoint if there is one of this training.
+            report: Called after every step.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint was written before.
+        """
+        done = self._restore() if resume else 0
+        tokens = sum(self._rows[i] for step in self._steps[:done] for batch in step for i in batch)
+        saved = time.monotonic()
+        every = max(1, self.num_steps // _EVALUATIONS)
+        progress = Progress(done, self.num_steps, tokens, float("nan"), {})
+        with _interruptible() as interrupted:
+            for step in range(done, self.num_steps):
+                loss = self._step(step)
+                tokens += sum(self._rows[i] for batch in self._steps[step] for i in batch)
+                if self._heldout is not None and (step + 1) % every == 0 and step + 1 < self.num_steps:
+                    self._metrics = self._heldout.evaluate(self.model, autocast=self._autocast)
+                    self._log(step + 1, tokens, loss)
+                progress = Progress(step + 1, self.num_steps, tokens, loss, self._metrics)
+                report(progress)
+                if interrupted.is_set() or time.monotonic() - saved > self._config.checkpoint_s:
+                    self._save(step + 1)
+                    saved = time.monotonic()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        return self._finish(progress)
+
+    def _step(self, step: int) -> float:
+        """Do one optimiser step; return the mean loss of its batches."""
+        batches = self._steps[step]
+        total = 0.0
+        for indices in batches:
+            batch, view = self._maker.make(indices)
+            with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+                output = self._objective.loss(batch, self.model, view)
+            (output.loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            total += float(output.loss.detach()) / len(batches)
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.clip)
+        config = self._config
+        self._optimisers.step(lr_scale(step, self.num_steps, warmup=config.warmup, schedule=config.schedule))
+        with torch.no_grad():
+            for name, mean in self._average.items():
+                mean.lerp_(self._trained[name], 1 - min(config.ema, (step + 1) / (step + 10)))
+        return total
+
+    def _finish(self, progress: Progress) -> Progress:
+        with torch.no_grad():
+            for name, mean in self._average.items():
+                self._trained[name].copy_(mean)
+        if self._heldout is not None:
+            self._metrics = self._heldout.evaluate(self.model, autocast=self._autocast)
+            self._log(progress.step, progress.tokens, progress.loss)
+        return Progress(progress.step, progress.num_steps, progress.tokens, progress.loss, self._metrics)
+
+    @property
+    def _state_path(self) -> Path:
+        return self._folder / "resume.safetensors"
+
+    def _save(self, step: int) -> None:
+        model = {name: p.detach() for name, p in self.model.named_parameters()}
+        groups: dict[str, dict[str, Tensor]] = {
+            "model": model,
+            "optimiser": self._optimisers.state(),
+            "average": self._average,
+        }
+        save_state(self._state_path, groups, step=step, key=self._key)
+
+    def _restore(self) -> int:
+        """Load the checkpoint of this training, if there is one; return the optimiser steps done."""
+        loaded = load_state(self._state_path, key=self._key)
+        if loaded is None:
+            return 0
+        groups, step = loaded
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(groups["model"][name])
+            for name, mean in self._average.items():
+                mean.copy_(groups["average"][name])
+        self._optimisers.load_state(groups["optimiser"])
+        return step
+
+    def _log(self, step: int, tokens: int, loss: float) -> None:
+        entry: dict[str, Any] = {"step": step, "tokens": tokens, "loss": loss, **self._metrics}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turn a first Ctrl-C into an event; a second one interrupts at once. Off the main thread nothing changes."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(_number: int, _frame: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,144 @@
+"""Recipes: everything that determines a trained drafter, in one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vsdbench import registry
+from vsdbench.config import Config, load_yaml, parse
+from vsdbench.errors import ConfigError
+from vsdbench.paths import find_data
+from vsdbench_drafters.training.data import DataConfig
+
+
+class ArchitectureConfig(Config):
+    """Which drafter is trained.
+
+    Attributes:
+        type: Only ``eagle3`` can be trained so far.
+        draft_vocab_size: Vd; a smaller one makes every draft step and the loss cheaper and covers less of the output.
+    """
+
+    type: Literal["eagle3"] = "eagle3"
+    draft_vocab_size: int = Field(default=8192, ge=16)
+
+
+class ObjectiveConfig(Config):
+    """Which loss, by its entry-point name.
+
+    Attributes:
+        type: Name in the group ``vsdbench.objectives``.
+        ttt_steps: Steps of training-time test.
+        step_weight: Weight of step i is ``step_weight**i``.
+        options: Further arguments of the objective.
+    """
+
+    type: str
+    ttt_steps: int = Field(default=4, ge=1, le=16)
+    step_weight: float = Field(default=0.8, gt=0, le=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainingConfig(Config):
+    """How it is trained.
+
+    Attributes:
+        epochs: Passes over the data; every pass has an order of its own.
+        batch_tokens: Response tokens gathered for one forward (whole sequences, so slightly more).
+        accumulate: Batches for one optimiser step.
+        optimiser: ``adamw``, or ``muon`` for the matrices of the layer with AdamW for the rest.
+        lr: Peak learning rate (for ``muon``: of its matrices).
+        vector_lr: Peak of norms; of everything but the layer's matrices with ``muon``.
+        head_lr: Peak of the LM head, which starts from the target's. 0 freezes it.
+        weight_decay: Of the matrices.
+        betas: Of AdamW.
+        clip: Largest norm of a gradient.
+        warmup: Share of the steps spent warming up.
+        schedule: From the peak to 0: ``linear`` or ``cosine``.
+        seed: Of initialisation and data order.
+        ema: Decay of an exponential moving average of the weights that is saved in their place; 0: none.
+        features: ``online`` runs the target for every batch; ``cached`` once, to a file that later arms read.
+        autocast: Products in bfloat16 with float32 weights; ``auto``: if that is the target's dtype.
+        checkpoint_s: Seconds between resumable checkpoints.
+    """
+
+    epochs: int = Field(default=1, ge=1)
+    batch_tokens: int = Field(default=256, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-3, gt=0)
+    vector_lr: float = Field(default=3e-3, gt=0)
+    head_lr: float = Field(default=1e-3, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(default=1.0, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    schedule: Literal["linear", "cosine"] = "linear"
+    seed: int = Field(default=0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    features: Literal["online", "cached"] = "cached"
+    autocast: bool | Literal["auto"] = "auto"
+    checkpoint_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; both must lie in [0, 1)")
+        return self
+
+
+class RecipeConfig(Config):
+    """One drafter: target, architecture, objective, data, training.
+
+    Attributes:
+        name: Recipe name, as its file.
+        version: Raised whenever the recipe changes what it trains.
+        description: One sentence for the list.
+        target: Target name or folder.
+    """
+
+    name: str
+    version: int = Field(default=1, ge=1)
+    description: str = ""
+    target: str
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    objective: ObjectiveConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def content(self) -> dict[str, Any]:
+        """Return what determines the weights: without names, words, and what only changes the speed."""
+        content = self.model_dump(mode="json", exclude={"name", "version", "description", "target"})
+        del content["training"]["features"], content["training"]["checkpoint_s"], content["data"]["slots"]
+        return content
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RecipeConfig:
+    """Return a recipe by name or path, ``key=value`` overrides applied.
+
+    Raises:
+        ConfigError: No such recipe, or it is not valid.
+    """
+    path = find_data("recipes", name_or_path)
+    recipe = parse(RecipeConfig, load_yaml(path, overrides), where=str(path))
+    known = registry.names("vsdbench.objectives")
+    if recipe.objective.type not in known:
+        registry.load("vsdbench.objectives", recipe.objective.type)  # raises, with the closest name
+    return recipe
+
+
+def make_objective(config: ObjectiveConfig) -> Any:  # noqa: ANN401 - any class that follows the Objective protocol
+    """Return the objective that a recipe names.
+
+    Raises:
+        ConfigError: Unknown name, or an option that it does not take.
+    """
+    objective = registry.load("vsdbench.objectives", config.type)
+    try:
+        return objective(ttt_steps=config.ttt_steps, step_weight=config.step_weight, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"objective '{config.type}' does not take these options ({error}).") from error

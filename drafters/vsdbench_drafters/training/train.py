@@ -1,0 +1,224 @@
+"""From a recipe to a trained drafter on disk, found again by the hash of everything that determines it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.progress
+import torch
+from rich.console import Console
+
+from vsdbench.config import content_hash
+from vsdbench.paths import cache_dir
+from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
+from vsdbench_drafters.training.features import (
+    BatchMaker,
+    FeatureSource,
+    OnlineFeatures,
+    cached_features,
+    describe,
+    draft_vocabulary,
+    num_bytes,
+    plan_batches,
+)
+from vsdbench_drafters.training.heldout import HeldOut
+from vsdbench_drafters.training.loop import Progress, TrainingLoop
+from vsdbench_drafters.training.recipe import RecipeConfig, load_recipe, make_objective
+
+if TYPE_CHECKING:
+    from vsdbench.models.target import Target
+    from vsdbench_drafters.training.shards import TrainingData
+
+_FORMAT = 1  # raised when the same recipe would train other weights
+
+# Response tokens a second on two idle CPU cores with the embedded 135M target; only the time estimate reads them.
+_DATA_TOKENS_PER_S = 750.0
+_FEATURE_TOKENS_PER_S = 1800.0
+_LAYER_STEPS_PER_S = 4500.0
+_TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedDrafter:
+    """A drafter on disk.
+
+    Attributes:
+        path: Checkpoint folder in the EAGLE-3 format.
+        cached: It was there already.
+        seconds: What training it took (data apart), when it was trained.
+        tokens: Response tokens seen, every epoch counted.
+        objective: Name of its objective.
+    """
+
+    path: Path
+    cached: bool
+    seconds: float
+    tokens: int
+    objective: str
+
+
+def train(
+    recipe: RecipeConfig | str | Path,
+    *,
+    target: Target,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    resume: bool = True,
+) -> TrainedDrafter:
+    """Return the drafter of a recipe, from the cache or trained now (entry point ``default``).
+
+    Args:
+        recipe: A recipe, or its name or path.
+        target: The loaded target that it drafts for.
+        overrides: ``key=value`` changes, for a recipe given by name.
+        console: Where progress goes; None shows nothing.
+        resume: Continue a training that was stopped.
+
+    Raises:
+        ConfigError: The recipe is not valid.
+        EnvironmentProblemError: The data cannot be made, or the disk is full.
+    """
+    if not isinstance(recipe, RecipeConfig):
+        recipe = load_recipe(recipe, overrides)
+    console = console or Console(quiet=True)
+    folder = cache_dir() / "drafters" / drafter_key(recipe, target)
+    if (found := _open(folder)) is not None:
+        return found
+    data = ensure_data(recipe.data, target, console=console)
+    begun = time.monotonic()
+    vocabulary, coverage = draft_vocabulary(
+        data.sequences, target.vocab_size, recipe.architecture.draft_vocab_size, sorted(target.eos_ids)
+    )
+    console.print(
+        f"Training {recipe.name}: {data.num_response_tokens:,} response tokens, {recipe.training.epochs} epoch(s); "
+        f"draft vocabulary {len(vocabulary):,} covers {coverage:.1%} of them."
+    )
+    loop, final = _run(recipe, target, data, vocabulary=vocabulary, folder=folder, console=console, resume=resume)
+    seconds = time.monotonic() - begun
+    summary = {
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": content_hash(recipe.content()),
+        "target": target.name,
+        "target_fingerprint": target.fingerprint,
+        "data_fingerprint": data.fingerprint,
+        "objective": recipe.objective.type,
+        "coverage": coverage,
+        "tokens": final.tokens,
+        "seconds": seconds,
+        "heldout": final.heldout,
+    }
+    loop.model.save(folder)
+    partial = folder / "training.json.partial"
+    partial.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(folder / "training.json")  # written last: a folder that has it is complete
+    (folder / "resume.safetensors").unlink(missing_ok=True)
+    return TrainedDrafter(folder, False, seconds, final.tokens, recipe.objective.type)
+
+
+def drafter_key(recipe: RecipeConfig, target: Target) -> str:
+    """Return the hash of everything that determines the weights: recipe, target, data, dtype."""
+    return content_hash(
+        [_FORMAT, recipe.content(), target.fingerprint, str(target.dtype), data_key(recipe.data, target)]
+    )
+
+
+def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[str, Any]:
+    """Return ``{"seconds", "bytes", "cached"}`` for a recipe without loading anything (entry point ``estimate``).
+
+    ``seconds`` and ``bytes`` (of the cache) are for the embedded target on two CPU cores; ``cached`` says that a
+    drafter of this recipe for a target of this name is there, in which case both are 0.
+    """
+    wanted = (content_hash(recipe.content()), target_name or recipe.target)
+    for path in (cache_dir() / "drafters").glob("*/training.json"):
+        summary = describe(path)
+        if (summary.get("recipe_hash"), summary.get("target")) == wanted:
+            return {"seconds": 0.0, "bytes": 0, "cached": True}
+    tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
+    total = tokens * _TOTAL_PER_RESPONSE
+    cached = recipe.training.features == "cached"
+    seconds = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S)
+    seconds += total * (1 if cached else epochs) / _FEATURE_TOKENS_PER_S
+    seconds += tokens * epochs * recipe.objective.ttt_steps / _LAYER_STEPS_PER_S
+    return {"seconds": seconds, "bytes": num_bytes(int(total), 576) if cached else 0, "cached": False}
+
+
+def _open(folder: Path) -> TrainedDrafter | None:
+    summary = describe(folder / "training.json")
+    if not summary or not (folder / "model.safetensors").is_file():
+        return None
+    return TrainedDrafter(folder, True, summary["seconds"], summary["tokens"], summary["objective"])
+
+
+def _run(
+    recipe: RecipeConfig,
+    target: Target,
+    data: TrainingData,
+    *,
+    vocabulary: torch.Tensor,
+    folder: Path,
+    console: Console,
+    resume: bool,
+) -> tuple[TrainingLoop, Progress]:
+    from vsdbench_drafters.architectures.eagle3 import Eagle3Model  # noqa: PLC0415 - the only trainable one so far
+
+    config = recipe.training
+    model = Eagle3Model.from_target(target, vocabulary, seed=config.seed)
+    head = target.model.get_output_embeddings().weight
+    train_maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model)
+    heldout_maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
+    rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.heldout]
+    heldout = HeldOut(heldout_maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
+    autocast = target.dtype == torch.bfloat16 if config.autocast == "auto" else config.autocast
+    loop = TrainingLoop(
+        model=model,
+        objective=make_objective(recipe.objective),
+        maker=train_maker,
+        heldout=heldout,
+        config=config,
+        autocast=autocast,
+        folder=folder,
+        key=folder.name,
+    )
+    with _bar(console) as bar:
+        task = bar.add_task("Training", total=loop.num_steps, status="")
+
+        def report(progress: Progress) -> None:
+            tau = progress.heldout.get("tau_chain")
+            status = f"loss {progress.loss:.3f}" + (f", held-out tau {tau:.3f}" if tau else "")
+            bar.update(task, completed=progress.step, status=status)
+
+        final = loop.run(resume=resume, report=report)
+    return loop, final
+
+
+def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
+    if recipe.training.features == "online":
+        return OnlineFeatures(target, data.sequences)
+    with _bar(console) as bar:
+        task = bar.add_task("Target features", total=int(data.sequences.lengths.sum()), status="")
+        return cached_features(
+            target,
+            data.sequences,
+            cache_dir() / "features",
+            fingerprint=data.fingerprint,
+            progress=lambda count: bar.advance(task, count),
+        )
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[rich.progress.Progress]:
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        rich.progress.TextColumn("{task.fields[status]}"),
+    )
+    with rich.progress.Progress(*columns, console=console) as bar:
+        yield bar
