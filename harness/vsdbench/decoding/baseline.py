@@ -1,6 +1,6 @@
 """The second baseline: ``generate`` of transformers on the same weights, timed token by token.
 
-It runs the model as its users run it (stock attention, dynamic cache). At T > 0 its next token comes from the same
+It runs the model as its users run it (stock attention, plain weights, dynamic cache). At T > 0 its next token comes from the same
 keyed draw as the engine's ``coupled`` rule, so both sides emit the same tokens and equal work is compared; the draw
 replaces the library's own, which costs about as much.
 """
@@ -70,7 +70,7 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings)
         processors.append(_CoupledDraw(settings.sampling, settings.seed))
     clock = _Clock(target.device)
     ids = torch.tensor([list(prompt)], device=target.device)
-    with target.stock_attention() as model:
+    with target.as_shipped() as model:
         synchronize(target.device)
         started = time.perf_counter()
         output = model.generate(

@@ -26,6 +26,7 @@ from vsdbench.decoding.tree import ancestor_mask
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
 from vsdbench.models.kv_cache import PreallocatedCache
+from vsdbench.models.packed import can_pack, pack
 
 
 class SequenceState:
@@ -74,6 +75,7 @@ class Target:
         self.config = model.config.get_text_config()
         self.attention = choose_attention(self.config) if attention_name == "auto" else attention_name
         model.set_attn_implementation(self.attention)
+        self._packing = pack(model) if can_pack(model.device, model.dtype) else None
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = self.config.hidden_size
@@ -261,13 +263,17 @@ class Target:
         return torch.cat([self._entering[layer][0] for layer in self.feature_layers], dim=-1)
 
     @contextmanager
-    def stock_attention(self) -> Iterator[Any]:
-        """Give the model as transformers would run it by itself (its own attention), for peers and baselines."""
+    def as_shipped(self) -> Iterator[Any]:
+        """Give the model as transformers runs it by itself (its own attention, plain weights), for the baseline."""
         self.model.set_attn_implementation("eager" if self.attention == "eager" else "sdpa")
+        if self._packing is not None:
+            self._packing.on = False
         try:
             yield self.model
         finally:
             self.model.set_attn_implementation(self.attention)
+            if self._packing is not None:
+                self._packing.on = True
 
 
 def choose_attention(config: Any) -> str:  # noqa: ANN401 - a transformers config
