@@ -103,7 +103,7 @@ def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = torch.tensor([int(token) for token in ids])
     # Padding stands on the right, where no real token can see it, so causal attention needs no mask.
-    with target.stock_attention() as model:
+    with target.as_shipped() as model:
         output = model.get_decoder()(input_ids=tokens.to(target.device), output_hidden_states=True, use_cache=False)
     layers = [output.hidden_states[layer] for layer in target.feature_layers]
     states = torch.cat([*layers, output.last_hidden_state], dim=-1)

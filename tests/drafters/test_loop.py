@@ -1,0 +1,237 @@
+"""Training learns, stops and goes on as if it had not stopped, and reads the same features however they are kept."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+from vsdbench_drafters.objectives.token import ForwardKL
+from vsdbench_drafters.training import features as features_module
+from vsdbench_drafters.training import train as train_module
+from vsdbench_drafters.training.features import (
+    BatchMaker,
+    OnlineFeatures,
+    cached_features,
+    draft_vocabulary,
+    plan_batches,
+    target_pass,
+)
+from vsdbench_drafters.training.heldout import HeldOut
+from vsdbench_drafters.training.loop import TrainingLoop
+from vsdbench_drafters.training.optim import lr_scale
+from vsdbench_drafters.training.recipe import RecipeConfig, TrainingConfig
+
+IDS = torch.arange(3, 60)
+
+
+def make_loop(target, sequences, folder, **changes):
+    config = TrainingConfig(**({"epochs": 4, "batch_tokens": 8, "lr": 3e-3, "seed": 2} | changes))
+    model = Eagle3Model.from_target(target, IDS, seed=config.seed)
+    head = target.model.get_output_embeddings().weight
+    maker = BatchMaker(sequences, OnlineFeatures(target, sequences), head, model)
+    heldout = HeldOut(maker, [[0, 1], [2]])
+    return TrainingLoop(
+        model=model,
+        objective=ForwardKL(ttt_steps=2),
+        maker=maker,
+        heldout=heldout,
+        config=config,
+        autocast=False,
+        folder=folder,
+        key="k",
+    )
+
+
+def weights(loop):
+    return {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+
+
+class Stop(Exception):  # noqa: N818 - not an error
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulate": 2, "schedule": "cosine"}, {"ema": 0.9}, {"optimiser": "muon", "lr": 0.02}, {"head_lr": 0}],
+    ids=["adamw", "accumulate", "ema", "muon", "frozen-head"],
+)
+def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path, toy_target, toy_sequences, changes):
+    whole = make_loop(toy_target, toy_sequences, tmp_path / "whole", **changes)
+    first = weights(whole)
+    end = whole.run()
+    assert end.step == whole.num_steps > 6
+
+    def stop(progress):
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_loop(toy_target, toy_sequences, tmp_path / "cut", **changes).run(report=stop)
+    resumed = make_loop(toy_target, toy_sequences, tmp_path / "cut", **changes)
+    steps = []
+    again = resumed.run(report=lambda progress: steps.append(progress.step))
+    assert steps[0] == 6
+    assert again == end
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+        frozen = changes.get("head_lr") == 0 and name == "lm_head.weight"
+        assert torch.equal(tensor, first[name]) == frozen, name
+
+
+def test_without_resume_training_starts_again(tmp_path, toy_target, toy_sequences):
+    def stop(progress):
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_loop(toy_target, toy_sequences, tmp_path).run(report=stop)
+    steps = []
+    make_loop(toy_target, toy_sequences, tmp_path).run(resume=False, report=lambda p: steps.append(p.step))
+    assert steps[0] == 1
+
+
+def test_checkpoints_are_written_on_the_way(tmp_path, toy_target, toy_sequences):
+    def crash(progress):
+        if progress.step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        make_loop(toy_target, toy_sequences, tmp_path, checkpoint_s=1e-9).run(report=crash)
+    steps = []
+    make_loop(toy_target, toy_sequences, tmp_path).run(report=lambda progress: steps.append(progress.step))
+    assert steps[0] == 4  # three steps were saved, the fourth died before its checkpoint
+
+
+def test_training_fits_a_small_set(tmp_path, toy_target, toy_sequences):
+    loop = make_loop(toy_target, toy_sequences, tmp_path, epochs=40)
+    before = loop._heldout.evaluate(loop.model, autocast=False)
+    after = loop.run().heldout
+    assert after["kl_0"] < 0.5 * before["kl_0"]
+    assert after["acceptance_0"] > before["acceptance_0"]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == loop.num_steps
+    assert lines[-1]["tau_chain"] == after["tau_chain"]
+    assert 1 <= after["tau_chain"] <= 5
+
+
+def test_heldout_of_a_perfect_drafter(toy_target, toy_sequences, monkeypatch):
+    """A drafter whose logits are the target's agrees everywhere: KL 0, acceptance = covered mass, full chains."""
+    model = Eagle3Model.from_target(toy_target, torch.arange(64), seed=0)
+    head = toy_target.model.get_output_embeddings().weight
+    maker = BatchMaker(toy_sequences, OnlineFeatures(toy_target, toy_sequences), head, model)
+    heldout = HeldOut(maker, [[4]])
+    view = heldout._references[0].view
+
+    def perfect(_drafter, batch, num_steps):
+        for step in range(num_steps):
+            rows = torch.arange(batch.num_rows)
+            yield step, view.hidden[torch.minimum(rows + step, rows[-1])]
+
+    monkeypatch.setattr("vsdbench_drafters.training.heldout.unroll", perfect)
+    metrics = heldout.evaluate(model, autocast=False)
+    assert metrics["agreement_0"] == metrics["agreement_3"] == 1.0
+    assert metrics["acceptance_1"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["kl_2"] == pytest.approx(0.0, abs=1e-4)
+    rows = len(toy_sequences[4].ids) - toy_sequences[4].prompt_len
+    assert metrics["tau_chain"] == pytest.approx(1 + (4 * rows - 6) / rows)
+
+
+def test_cached_features_are_the_online_ones(tmp_path, toy_target, toy_sequences):
+    done = []
+    make = {"fingerprint": "d", "progress": done.append}
+    cached = cached_features(toy_target, toy_sequences, tmp_path, **make)
+    assert sum(done) == sum(len(s.ids) for s in toy_sequences)
+    online = OnlineFeatures(toy_target, toy_sequences)
+    torch.testing.assert_close(cached.hidden([4, 0]), online.hidden([4, 0]), rtol=1e-4, atol=1e-5)
+    cached_features(toy_target, toy_sequences, tmp_path, **make)
+    assert sum(done) == sum(len(s.ids) for s in toy_sequences)  # read, not made again
+    assert [path.suffix for path in tmp_path.iterdir()] == [".bin"]
+
+
+def test_a_full_disk_while_caching(tmp_path, toy_target, toy_sequences, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features_module, "_write", full)
+    with pytest.raises(EnvironmentProblemError, match="features=online"):
+        cached_features(toy_target, toy_sequences, tmp_path, fingerprint="d")
+
+
+def test_features_are_what_decoding_gives(toy_target, toy_sequences):
+    ids = toy_sequences[2].ids
+    state = toy_target.prefill(ids, 32)
+    states = target_pass(toy_target, [ids, toy_sequences[4].ids])[0]
+    torch.testing.assert_close(states[:, :96], state.features, rtol=1e-4, atol=1e-5)
+    head = toy_target.model.get_output_embeddings().weight
+    torch.testing.assert_close(states[-1, 96:] @ head.T, state.next_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_plans_cover_everything_once_and_depend_on_seed_and_epoch():
+    rows = [5, 0, 3, 8, 1, 2]
+    plan = plan_batches(rows, 6, seed=1, epoch=0)
+    assert sorted(i for batch in plan for i in batch) == [0, 2, 3, 4, 5]
+    assert all(sum(rows[i] for i in batch) >= 6 for batch in plan[:-1])
+    assert plan == plan_batches(rows, 6, seed=1, epoch=0)
+    many = [1] * 50
+    orders = {str(plan_batches(many, 5, seed=s, epoch=e)) for s in (0, 1) for e in (0, 1)}
+    assert len(orders) == 4
+
+
+def test_draft_vocabulary_counts_responses_first(toy_sequences):
+    sequences = [
+        SimpleNamespace(ids=[9, 9, 9, 5, 5, 6], prompt_len=3),
+        SimpleNamespace(ids=[8, 8, 7, 5], prompt_len=2),
+    ]
+    ids, coverage = draft_vocabulary(sequences, 20, 3, [2])
+    assert ids.tolist() == [2, 5, 6]
+    assert coverage == pytest.approx(4 / 5)
+    assert draft_vocabulary(sequences, 20, 5, [2])[0].tolist() == [2, 5, 6, 7, 9]  # 9 is frequent in prompts alone
+    with pytest.raises(ConfigError, match="no response tokens"):
+        draft_vocabulary([], 20, 3, [2])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_rates_rise_and_fall_to_almost_nothing(schedule):
+    scales = [lr_scale(step, 100, warmup=0.1, schedule=schedule) for step in range(100)]
+    assert scales[0] == pytest.approx(0.1)
+    assert max(scales) == scales[10] == 1.0
+    assert 0 < scales[-1] < 0.02
+    assert all(a >= b for a, b in itertools.pairwise(scales[10:]))
+
+
+def test_train_caches_by_content(tmp_path, toy_target, toy_sequences, monkeypatch):
+    class Sequences(list):
+        lengths = torch.tensor([len(s.ids) for s in toy_sequences])
+
+    data = SimpleNamespace(
+        sequences=Sequences(toy_sequences), heldout=toy_sequences[:2], fingerprint="d", num_response_tokens=50
+    )
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(train_module, "ensure_data", lambda *_args, **_kwargs: data)
+    recipe = RecipeConfig.model_validate(
+        {
+            "name": "toy",
+            "target": "toy",
+            "architecture": {"draft_vocab_size": 40},
+            "objective": {"type": "ce", "ttt_steps": 2},
+            "training": {"batch_tokens": 16},
+        }
+    )
+    trained = train_module.train(recipe, target=toy_target)
+    assert (trained.cached, trained.objective) == (False, "ce")
+    assert Eagle3Model.load(trained.path, toy_target).config.draft_vocab_size == 40
+    again = train_module.train(recipe, target=toy_target)
+    assert again.cached
+    assert (again.path, again.tokens) == (trained.path, trained.tokens)
+    assert train_module.estimate(recipe)["cached"]
+    other = recipe.model_copy(update={"training": TrainingConfig(batch_tokens=16, seed=1)})
+    assert not train_module.train(other, target=toy_target).cached
