@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from vsdbench.store.records import STEP_COLUMNS, Record, hash_tokens
 
 DEFAULTS = {

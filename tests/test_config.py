@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
+
 from vsdbench.config import Config, apply_override, content_hash, load_yaml, parse
 from vsdbench.errors import ConfigError
 

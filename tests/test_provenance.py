@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from vsdbench import provenance
 
 GPU_LINE = "NVIDIA H100 80GB HBM3, 550.54, 81559, 512, 1755, 1980, 2619, 123.45, 700.00, 41, 7, 0x0000000000000024"

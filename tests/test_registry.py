@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
 from vsdbench import registry
 from vsdbench.errors import ConfigError
 

@@ -1,6 +1,7 @@
 """Every metric against values computed by hand."""
 
 import pytest
+
 from vsdbench.bench import metrics
 from vsdbench.store.store import to_frames
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
+
 from vsdbench.bench import stats
 from vsdbench.store.store import to_frames
 

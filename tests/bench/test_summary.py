@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from vsdbench.bench.summary import flatten_result, summarise, summary_frame
 from vsdbench.errors import ConfigError
 

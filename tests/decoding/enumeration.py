@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.decoding.verify import Coin, Step

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from tests.decoding.enumeration import reference_probs
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
 from vsdbench.decoding.sampling import (
     SamplingParams,
     coupled_token,
@@ -20,8 +22,6 @@ from vsdbench.decoding.sampling import (
     keyed_uniform,
     target_probs,
 )
-
-from tests.decoding.enumeration import reference_probs
 
 PARAMS = [
     SamplingParams(temperature=0.5),

@@ -7,11 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vsdbench.decoding import verify as verify_module
-from vsdbench.decoding.interfaces import TokenTree
-from vsdbench.decoding.sampling import SamplingParams, target_probs
-from vsdbench.decoding.verify import Step, rejection, traversal
-
 from tests.decoding.enumeration import (
     Topology,
     World,
@@ -23,6 +18,11 @@ from tests.decoding.enumeration import (
     output_joint,
     top_tree,
 )
+
+from vsdbench.decoding import verify as verify_module
+from vsdbench.decoding.interfaces import TokenTree
+from vsdbench.decoding.sampling import SamplingParams, target_probs
+from vsdbench.decoding.verify import Step, rejection, traversal
 
 RULES = {"rejection": rejection, "traversal": traversal}
 PARAMS = [

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tests.decoding.enumeration import Topology, paths_of
+
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
 from vsdbench.decoding.verify import verify
 from vsdbench.errors import ConfigError
-
-from tests.decoding.enumeration import Topology, paths_of
 
 # --- the real thing, by sampling ------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
+
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models import source
 from vsdbench.models.hub import HubUnreachableError

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models import wheels
 from vsdbench.models.wheels import WheelFile, fetch, is_cached

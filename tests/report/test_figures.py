@@ -4,6 +4,7 @@ import hashlib
 
 import matplotlib as mpl
 import pytest
+
 from vsdbench.bench.summary import summarise
 from vsdbench.report import figures
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 from rich.console import Console
+
 from vsdbench.bench.summary import summarise
 from vsdbench.report.tables import MISSING, baseline_rows, print_summary, table_rows, to_csv, to_markdown
 

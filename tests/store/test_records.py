@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+
 from vsdbench.decoding.interfaces import StepRecord
 from vsdbench.errors import ConfigError
 from vsdbench.store.records import Divergence, Steps, hash_tokens, parse_record

@@ -9,6 +9,7 @@ import time
 
 import pandas as pd
 import pytest
+
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.store import files
 from vsdbench.store.records import hash_tokens

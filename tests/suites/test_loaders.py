@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models import wheels
 from vsdbench.models.hub import HubUnreachableError

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vsdbench.suites.prompts import Prompt, make_prompt, prompt_hash, prompts_sha256, stratified
 
 CATEGORIES = st.lists(st.sampled_from("abcdef"), max_size=60)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vsdbench.config import parse
 from vsdbench.errors import ConfigError
 from vsdbench.suites.schema import SuiteConfig, json_schema, template_columns

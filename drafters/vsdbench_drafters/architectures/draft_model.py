@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
 from vsdbench.decoding.tree import grow
 from vsdbench.errors import ConfigError
