@@ -1,0 +1,60 @@
+"""Everything shipped is listed, found, valid and described."""
+
+from pathlib import Path
+
+import pytest
+
+from vsdbench import catalog
+from vsdbench.errors import ConfigError
+from vsdbench.paths import list_data
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = [*sorted(ROOT.glob("suites/*.yaml")), *sorted(ROOT.glob("drafters/recipes/*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_is_valid_and_named_after_itself(path):
+    assert catalog.validate(path) == ("recipe" if path.parent.name == "recipes" else "suite")
+    kind, found, text = catalog.find(path.stem)
+    assert found.name == path.name
+    assert f"\nname: {path.stem}\n" in f"\n{text}"
+    assert kind == catalog.validate(path)
+
+
+def test_shipped_files_are_there():
+    assert {"smoke", "quickstart", "mtbench"} <= {path.stem for path in SHIPPED}
+    assert set(list_data("suites")) >= {path.stem for path in ROOT.glob("suites/*.yaml")}
+
+
+@pytest.mark.parametrize("kind", catalog.KINDS)
+def test_entries_have_names_and_descriptions(kind, tmp_path):
+    found = catalog.entries(kind, tmp_path)
+    assert bool(found) == (kind != "runs")
+    assert all(entry["name"] and entry["description"] for entry in found)
+    assert [entry["name"] for entry in found] == sorted(entry["name"] for entry in found)
+
+
+def test_plugins_are_all_listed():
+    assert {"ngram", "draft_model", "eagle3"} <= {entry["name"] for entry in catalog.entries("drafters")}
+    assert {"ce", "kl"} <= {entry["name"] for entry in catalog.entries("objectives")}
+
+
+def test_copy_into_a_folder_makes_the_parents_of_a_file(tmp_path):
+    assert catalog.copy("smoke", tmp_path) == tmp_path / "smoke.yaml"
+    inside = catalog.copy("smoke", tmp_path / "a" / "b.yaml")
+    assert inside.read_bytes() == (tmp_path / "smoke.yaml").read_bytes()
+
+
+def test_a_suite_with_an_unknown_recipe_is_refused(tmp_path):
+    text = (ROOT / "suites/quickstart.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("recipe: eagle3-ce-quickstart", "recipe: eagle3-cee-quickstart"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'eagle3-cee-quickstart'.*Did you mean 'eagle3-ce-quickstart'\?"):
+        catalog.validate(path)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
+        catalog.find("quikstart")
+    with pytest.raises(ConfigError, match="Did you mean 'recipes'"):
+        catalog.entries("recepies")
