@@ -123,9 +123,8 @@ def main() -> None:
     for name in ("plain", "slot_wise"):
         line = results[name]
         print(f"{name:9} {line['tokens_per_s']:8.1f} tokens/s {line['tokens_per_processor_s']:8.1f} tokens/processor s")
-    print(
-        f"ratio     {results['ratio_tokens_per_s']:8.2f}x wall {results['ratio_tokens_per_processor_s']:12.2f}x processor"
-    )
+    wall, processor = results["ratio_tokens_per_s"], results["ratio_tokens_per_processor_s"]
+    print(f"ratio     {wall:8.2f}x wall     {processor:8.2f}x processor")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ StopReason = Literal["eos", "length", "loop"]
 _LOOP_CHECK_EVERY = 16
 _LOOP_MAX_PERIOD = 48
 _LOOP_MIN_TOKENS = 48
+_PACK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,21 @@ def ends_in_loop(tokens: NDArray[np.int32], repeats: int) -> bool:
         if tail[-1] == tail[-1 - period] and np.array_equal(tail[period:], tail[:-period]):
             return True
     return False
+
+
+def _packs(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return positions of the sequences that are not empty, in packs of up to 512 tokens (or one longer sequence)."""
+    packs: list[list[int]] = []
+    tokens = _PACK_TOKENS
+    for position, sequence in enumerate(sequences):
+        if not sequence:
+            continue
+        if tokens + len(sequence) > _PACK_TOKENS:
+            packs.append([])
+            tokens = 0
+        packs[-1].append(position)
+        tokens += len(sequence)
+    return packs
 
 
 class _Rows:
@@ -272,8 +288,8 @@ class SlotGenerator:
             taken.append(request)
         filled = free[: len(taken)]
         suffixes = [list(request.prompt_ids[len(self._prefix) : -1]) for request in taken]
-        if any(suffixes):
-            self._prefill(suffixes, filled)
+        for pack in _packs(suffixes):
+            self._prefill([suffixes[position] for position in pack], filled[pack])
         for row, request in zip(filled, taken, strict=True):
             rows.requests[row] = request
             rows.active[row] = True
@@ -305,9 +321,12 @@ class SlotGenerator:
         visible = torch.cat([visible.new_ones(len(owner), start), visible], dim=1)
         key_positions = torch.cat([torch.arange(start, device=self._device), positions])
         ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+        ends = np.cumsum(lengths).tolist()
+        self._attention.spans = list(zip([0, *ends[:-1]], ends, strict=True))
         self._cache.begin_prefill(None if filled is None else filled.tolist(), lengths)
         self._forward(ids, positions[None], key_positions, visible[None])
         self._cache.end_prefill()
+        self._attention.spans = []
 
     def _sort(self, rows: _Rows) -> None:
         """Order the rows by length, free ones last, so that groups of rows have about the same length."""

@@ -112,7 +112,9 @@ class SlotAttention:
 
     def __init__(self) -> None:
         self.groups: list[tuple[int, int, int]] = []
-        """First row, end row and columns to read, for each group of rows of the next decode step."""
+        """First row, end row and columns to read, for each group of rows of a decode step."""
+        self.spans: list[tuple[int, int]] = []
+        """Start and end of each packed prompt of a prefill; empty in a decode step."""
 
     def register(self) -> str:
         """Make this instance known to transformers under ``NAME`` and return the name."""
@@ -144,12 +146,13 @@ class SlotAttention:
         batch, heads, num_queries, size = query.shape
         shared = heads // key.shape[1]
         factor = size**-0.5 if scaling is None else scaling
-        stacked = query.reshape(batch, key.shape[1], shared * num_queries, size)
-        if num_queries > 1 or batch == 1:
-            mask = attention_mask.repeat(1, 1, shared, 1)
-            output = scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=factor)
-            return output.reshape(batch, heads, num_queries, -1).transpose(1, 2).contiguous(), None
+        if self.spans:
+            prompts = [
+                _attend_prompt(query, key, value, attention_mask, span=span, factor=factor) for span in self.spans
+            ]
+            return torch.cat(prompts, dim=1), None
         outputs = []
+        stacked = query.reshape(batch, key.shape[1], shared * num_queries, size)
         for first, end, columns in self.groups:
             rows = slice(first, end)
             mask = attention_mask[rows, :, :, :columns].expand(-1, key.shape[1], -1, -1).flatten(0, 1)
@@ -158,3 +161,31 @@ class SlotAttention:
             outputs.append(torch.bmm(scores.softmax(dim=-1), value[rows, :, :columns].flatten(0, 1)))
         output = torch.cat(outputs).reshape(batch, 1, heads, -1)
         return output, None
+
+
+def _attend_prompt(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, span: tuple[int, int], factor: float
+) -> Tensor:
+    """Return ``[1, q, H, D]`` for one packed prompt, which attends to the shared prefix and to itself.
+
+    Args:
+        query: ``[1, H, T, D]`` of all packed prompts.
+        key: ``[1, G, P + T, D]``.
+        value: ``[1, G, P + T, D]``.
+        mask: ``[1, 1, T, P + T]`` additive.
+        span: Start and end of the prompt in T.
+        factor: Of the scores.
+    """
+    start, end = span
+    prefix = key.shape[2] - query.shape[2]
+    own = slice(prefix + start, prefix + end)
+
+    def reach(packed: Tensor) -> Tensor:
+        return torch.cat([packed[..., :prefix, :], packed[..., own, :]], dim=-2)
+
+    heads, groups = query.shape[1], key.shape[1]
+    asked = query[:, :, start:end].reshape(1, groups, -1, query.shape[3])
+    rows = mask[:, :, start:end]
+    rows = torch.cat([rows[..., :prefix], rows[..., own]], dim=-1).repeat(1, 1, heads // groups, 1)
+    output = scaled_dot_product_attention(asked, reach(key), reach(value), attn_mask=rows, scale=factor)
+    return output.reshape(1, heads, end - start, -1).transpose(1, 2)
