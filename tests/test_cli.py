@@ -197,7 +197,7 @@ def test_dry_run_of_train_prints_one_object(call):
     [drafter] = printed["drafters"]
     assert (printed["schema"], drafter["recipe"]) == (1, "eagle3-kl-quickstart")
     assert not drafter["cached"]
-    assert drafter["training_s"] > 0
+    assert drafter["seconds"] > 0
 
 
 @pytest.mark.parametrize(

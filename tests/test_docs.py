@@ -1,4 +1,4 @@
-"""What the documents say is so: README's commands, the command line's reference, files that are named, no foreign path."""
+"""What the documents say is so: README's commands, the command line's reference, named files, no foreign path."""
 
 import re
 import subprocess
