@@ -1,0 +1,107 @@
+"""Plain decoding in our engine against ``generate`` of transformers, on the real target in one run.
+
+The engine's autoregressive decoding is what every speedup is measured against, so it must not be a slow straw man. Both
+decode the same prompts in turn, in an order that alternates; ratios are paired by prompt and repeat.
+
+    python benchmarks/autoregressive.py --dtype bf16 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from rich.console import Console
+
+from vsdbench.bench.run import RunOptions, load_target, open_suite
+from vsdbench.decoding.baseline import hf_generate
+from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
+from vsdbench.decoding.interfaces import Generation, TreeShape
+from vsdbench.errors import VsdbenchError
+from vsdbench.models.target import Target
+
+Runs: TypeAlias = dict[str, Callable[[Sequence[int], DecodeSettings], Generation]]
+
+
+def ms_per_token(generation: Generation) -> float:
+    """Return the mean time of a token after the first one, in milliseconds."""
+    return 1e3 * generation.decode_s / max(1, len(generation.token_ids) - 1)
+
+
+def measure(target: Target, prompts: Sequence[Sequence[int]], tokens: int, repeats: int) -> dict[str, Any]:
+    """Return medians of both in milliseconds, the median paired ratio, and how many outputs agreed."""
+    settings = DecodeSettings(max_new_tokens=tokens, shape=TreeShape(budget=0), eos_ids=frozenset())
+    warm_up = DecodeSettings(max_new_tokens=min(8, tokens), shape=TreeShape(budget=0), eos_ids=frozenset())
+    runs: Runs = {
+        "autoregressive": lambda prompt, how: decode(target, Autoregressive(), prompt, how),
+        "hf-generate": lambda prompt, how: hf_generate(target, prompt, how),
+    }
+    for run in runs.values():
+        run(prompts[0], warm_up)
+    done: dict[str, list[Generation]] = {name: [] for name in runs}
+    for turn in range(repeats * len(prompts)):
+        names = list(runs) if turn % 2 == 0 else list(reversed(runs))
+        for name in names:
+            done[name].append(runs[name](prompts[turn % len(prompts)], settings))
+    pairs = list(zip(done["autoregressive"], done["hf-generate"], strict=True))
+    ratios = [ms_per_token(theirs) / ms_per_token(ours) for ours, theirs in pairs]
+    result: dict[str, Any] = {
+        name: {
+            "ms_per_token": statistics.median(map(ms_per_token, generations)),
+            "prefill_ms": statistics.median(1e3 * generation.prefill_s for generation in generations),
+        }
+        for name, generations in done.items()
+    }
+    result["speed_over_generate"] = statistics.median(ratios)
+    result["speed_over_generate_range"] = [min(ratios), max(ratios)]
+    result["prefill_speed_over_generate"] = statistics.median(t.prefill_s / o.prefill_s for o, t in pairs)
+    result["pairs"] = len(pairs)
+    result["equal_outputs"] = sum(ours.token_ids == theirs.token_ids for ours, theirs in pairs)
+    return result
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Our plain decoding against generate of transformers.")
+    parser.add_argument("--suite", default="mtbench", help="where prompts and target come from")
+    parser.add_argument("--target", help="another target than the suite's")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32 or fp64 (default: auto)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompts", type=int, default=4, help="spread over the suite's categories (default: 4)")
+    parser.add_argument("--repeats", type=int, default=4, help="of every prompt (default: 4)")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens an answer, no early end (default: 64)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    try:
+        run_options = RunOptions(
+            target=options.target, device=options.device, dtype=options.dtype, limit=options.prompts
+        )
+        suite = open_suite(options.suite, run_options)
+        target = load_target(suite.config.target, run_options, console)
+        prompts = [target.encode_chat([{"role": "user", "content": prompt.turns[0]}]) for prompt in suite.prompts]
+        result = measure(target, prompts, options.tokens, options.repeats)
+    except VsdbenchError as error:
+        console.print(f"[red]error:[/] {error}")
+        return error.exit_code
+    result |= {"target": target.name, "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
+    result |= {"attention": target.attention, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    for name in ("autoregressive", "hf-generate"):
+        times = result[name]
+        print(f"{name:<15} {times['ms_per_token']:8.2f} ms a token {times['prefill_ms']:9.1f} ms prefill (medians)")
+    low, high = result["speed_over_generate_range"]
+    print(f"{result['speed_over_generate']:.3f} x the speed of generate ({low:.3f} to {high:.3f}), paired")
+    print(f"{result['equal_outputs']} of {result['pairs']} outputs are equal")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
