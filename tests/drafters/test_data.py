@@ -52,6 +52,15 @@ class ByteTarget:
         return [280, 281, *itertools.chain(*turns), 292]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products gain nothing from threads, and lose much where other processes hold a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def target():
     return ByteTarget()

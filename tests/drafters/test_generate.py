@@ -42,6 +42,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products gain nothing from threads, and lose much where other processes hold a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_model(kind: str = "llama"):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32, attn_implementation="sdpa")

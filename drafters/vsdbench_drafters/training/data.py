@@ -64,7 +64,7 @@ class DataConfig(Config):
     max_prompt_tokens: int = Field(default=320, ge=1)
     temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1)
     seed: int = Field(default=0, ge=0)
-    slots: int = Field(default=64, ge=1)
+    slots: int = Field(default=128, ge=1)
     num_heldout: int = Field(default=64, ge=0)
     start_index: int = Field(default=0, ge=0)
     loop_repeats: int = Field(default=3, ge=0)
