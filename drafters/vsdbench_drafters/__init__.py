@@ -1,1 +1,1 @@
-"""Drafters for vsdbench: architectures, objectives and training. Imports the harness's interfaces, never the reverse."""
+"""Drafters for vsdbench: architectures, objectives and training. They import the harness, never the reverse."""

@@ -48,16 +48,16 @@ def find(name: str) -> tuple[str, Path | None, str]:
     """
     known: list[str] = []
     for kind in ("suites", "recipes"):
-        data = list_data(kind)  # type: ignore[arg-type]
+        data = list_data(kind)
         known += data
         stem = Path(name).stem if name.endswith(".yaml") else name
         if stem in data:
             return kind.removesuffix("s"), data[stem], data[stem].read_text(encoding="utf-8")
     for group in ("vsdbench.objectives", "vsdbench.drafters"):
-        names = registry.names(group)  # type: ignore[arg-type]
+        names = registry.names(group)
         known += names
         if name in names:
-            return group.removeprefix("vsdbench.").removesuffix("s"), None, _documentation(registry.load(group, name))  # type: ignore[arg-type]
+            return group.removeprefix("vsdbench.").removesuffix("s"), None, _documentation(registry.load(group, name))
     raise ConfigError(f"Nothing is called '{name}'.{did_you_mean(name, known)}")
 
 

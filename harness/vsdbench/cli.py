@@ -227,7 +227,8 @@ def train(  # noqa: PLR0917 - a command's options
         _print_json({"schema": 1, "drafters": results})
     else:
         for result in results:
-            typer.echo("  ".join(f"{key}: {value}" for key, value in result.items()))
+            shown = {key: f"{value:.0f}" if isinstance(value, float) else value for key, value in result.items()}
+            typer.echo("  ".join(f"{key}: {value}" for key, value in shown.items()))
 
 
 @app.command("list")

@@ -1,6 +1,6 @@
 """The errors a user may meet, each with its exit code, so that the CLI turns any of them into one clear sentence.
 
-A message names the offending value and what would be right. Everything else that escapes is a bug and shows a traceback.
+A message names the offending value and what would be right. Whatever else escapes is a bug and shows a traceback.
 """
 
 from __future__ import annotations

@@ -129,23 +129,36 @@ def drafter_key(recipe: RecipeConfig, target: Target) -> str:
 
 
 def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[str, Any]:
-    """Return ``{"seconds", "bytes", "cached"}`` for a recipe without loading anything (entry point ``estimate``).
+    """Return what a recipe would cost, without loading anything (entry point ``estimate``).
 
-    ``seconds`` and ``bytes`` (of the cache) are for the embedded target on two CPU cores; ``cached`` says that a
-    drafter of this recipe for a target of this name is there, in which case both are 0.
+    Keys: ``cached`` (a drafter of this recipe for a target of this name is there, and the costs are 0), ``data_s``
+    (answers and features, which recipes with the same ``data_key`` share), ``training_s``, ``seconds`` (both), and
+    ``bytes`` of the cache. The rates are those of the embedded target on two idle CPU cores.
     """
+    key = content_hash(recipe.data.model_dump(mode="json", exclude={"slots"}))
     wanted = (content_hash(recipe.content()), target_name or recipe.target)
     for path in (cache_dir() / "drafters").glob("*/training.json"):
         summary = describe(path)
         if (summary.get("recipe_hash"), summary.get("target")) == wanted:
-            return {"seconds": 0.0, "bytes": 0, "cached": True}
+            free: dict[str, Any] = {"cached": True, "data_s": 0.0, "training_s": 0.0, "seconds": 0.0, "bytes": 0}
+            return free | {"data_key": key}
     tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
     total = tokens * _TOTAL_PER_RESPONSE
     cached = recipe.training.features == "cached"
-    seconds = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S)
-    seconds += total * (1 if cached else epochs) / _FEATURE_TOKENS_PER_S
-    seconds += tokens * epochs * recipe.objective.ttt_steps / _LAYER_STEPS_PER_S
-    return {"seconds": seconds, "bytes": num_bytes(int(total), 576) if cached else 0, "cached": False}
+    data_s = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S)
+    training_s = tokens * epochs * recipe.objective.ttt_steps / _LAYER_STEPS_PER_S
+    if cached:
+        data_s += total / _FEATURE_TOKENS_PER_S
+    else:
+        training_s += total * epochs / _FEATURE_TOKENS_PER_S
+    return {
+        "cached": False,
+        "data_key": key,
+        "data_s": data_s,
+        "training_s": training_s,
+        "seconds": data_s + training_s,
+        "bytes": num_bytes(int(total), 576) if cached else 0,
+    }
 
 
 def _open(folder: Path) -> TrainedDrafter | None:

@@ -29,7 +29,7 @@ ANSWER_FILL = 0.95
 """Share of the length limit that answers are assumed to use."""
 TAU_TRAINED = 1.6
 TAU_UNTRAINED = 1.1
-"""Tokens a step assumed for drafters with and without trained weights; a low guess, so time is rather over-estimated."""
+"""Tokens a step assumed for drafters with and without trained weights; low guesses, so time is over-estimated."""
 DRAFT_SHARE = 0.08
 """Drafting time a level of the tree, relative to a target forward."""
 SECONDS_OUTSIDE = 8.0

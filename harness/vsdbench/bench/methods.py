@@ -59,7 +59,7 @@ def build_methods(suite: SuiteConfig, target: Target, *, console: Console | None
     """
     if REFERENCE not in suite.baselines:
         raise ConfigError(f"baselines is {list(suite.baselines)}: '{REFERENCE}' must be among them, as the reference.")
-    # Everything that can be wrong with a drafter's name is found before the first of them is trained.
+    # An unknown drafter is found before the first of them is trained.
     builders = [registry.load("vsdbench.drafters", entry.type) for entry in suite.drafters]
     methods = [_baseline(name, target) for name in suite.baselines]
     for entry, builder in zip(suite.drafters, builders, strict=True):

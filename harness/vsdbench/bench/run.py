@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vsdbench import registry
 from vsdbench.bench.methods import Method, build_methods
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
@@ -111,6 +112,8 @@ def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, S
         InterruptedRunError: Ctrl-C; everything measured so far is kept.
     """
     suite = open_suite(name, options)
+    for entry in suite.config.drafters:
+        registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error before anything is loaded
     for note in suite.notes:
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, options, console)
