@@ -111,6 +111,14 @@ def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Targe
         drafter,
         shape=TreeShape(**entry.tree.model_dump()),
         objective=objective,
-        drafter_fingerprint=fingerprint(checkpoint) if checkpoint is not None else None,
+        drafter_fingerprint=_fingerprint(drafter, checkpoint),
         training=training,
     )
+
+
+def _fingerprint(drafter: Drafter, checkpoint: Path | None) -> str | None:
+    """Return the hash of a drafter's weights; one that drafts with a whole model of its own has that model's hash."""
+    if checkpoint is not None:
+        return fingerprint(checkpoint)
+    found: str | None = getattr(getattr(drafter, "model", None), "fingerprint", None)
+    return found
