@@ -42,7 +42,7 @@ def estimate(name: str, options: RunOptions, console: Console) -> dict[str, Any]
     Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds, cached),
     ``seconds`` in all, ``memory_bytes``, ``memory_available_bytes``, ``assumed``.
     """
-    suite = open_suite(name, options)
+    suite = open_suite(name, options, console)
     config = suite.config
     for entry in config.drafters:
         registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error here as it would be in the run
@@ -156,7 +156,8 @@ def _memory_bytes(target: Target, context: int, num_drafters: int) -> int:
     weights = sum(parameter.nbytes for parameter in target.model.parameters())
     config = target.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * target.num_layers * config.num_key_value_heads * width * context * target.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * target.num_layers * heads * width * context * target.dtype.itemsize
     drafter = num_drafters * 12 * target.hidden_size * target.hidden_size * target.dtype.itemsize
     logits = 3 * 64 * target.vocab_size * 4
     interpreter = 800_000_000  # torch, transformers and scipy, loaded

@@ -89,15 +89,15 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
     return target
 
 
-def open_suite(name: str, options: RunOptions) -> Suite:
-    """Return the suite with the command line's changes applied.
+def open_suite(name: str, options: RunOptions, console: Console) -> Suite:
+    """Return the suite with the command line's changes applied; downloads show their progress unless it is quiet.
 
     Raises:
         ConfigError: Unknown suite, key or value, or a suite without prompts.
         EnvironmentProblemError: Its data cannot be fetched.
     """
     overrides = [*options.overrides, *([f"target={options.target}"] if options.target else [])]
-    return load_suite(name, overrides, limit=options.limit)
+    return load_suite(name, overrides, limit=options.limit, progress=not console.quiet)
 
 
 def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, Summary]:
@@ -111,7 +111,7 @@ def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, S
     Raises:
         InterruptedRunError: Ctrl-C; everything measured so far is kept.
     """
-    suite = open_suite(name, options)
+    suite = open_suite(name, options, console)
     for entry in suite.config.drafters:
         registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error before anything is loaded
     for note in suite.notes:
