@@ -17,6 +17,7 @@ from vsdbench.bench.methods import REFERENCE, Method
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
+from vsdbench.errors import ConfigError
 from vsdbench.store.records import Record, RecordKey, Steps, Tree, hash_tokens
 from vsdbench.store.store import RunStore, load_outputs, load_records
 
@@ -121,6 +122,11 @@ class Runner:
         order = list(enumerate(self._shuffled(block)))
         todo = [(place, method) for place, method in order if self._key(block, method) not in self.store.done]
         prompt = self._encode(block)
+        if len(prompt) >= self.target.max_positions:
+            raise ConfigError(
+                f"The prompt '{block.prompt.id}' has {len(prompt)} tokens at turn {block.turn + 1}, but "
+                f"'{self.target.name}' holds {self.target.max_positions}: shorten it, or set max_turns."
+            )
         waiting: list[_Decoded] = []
         for place, method in todo:
             settings = self._settings(block, method)
