@@ -146,18 +146,26 @@ def run(  # noqa: PLR0917 - a command's options
         trust_remote_code=trust_remote_code,
     )
     console = _console(quiet=quiet)
+    violations = 0
     for name in _required(names, "suite", "vsdbench run suites/quickstart.yaml"):
         if dry_run:
             _print_estimate(name, options, console, as_json=as_json)
         else:
-            _run_one(name, options, console, as_json=as_json, categories=categories)
+            violations += _run_one(name, options, console, as_json=as_json, categories=categories)
+    if violations:
+        from vsdbench.errors import GateError
+
+        raise GateError(
+            f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
+            "not lossless; see the divergences in records.jsonl, and repeat with --dtype fp32."
+        )
 
 
-def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, categories: bool) -> None:
+def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, categories: bool) -> int:
+    """Run a suite, print what it gave, and return the number of answers that were not lossless."""
     from rich.console import Console
 
     from vsdbench.bench.run import run_suite
-    from vsdbench.errors import GateError
     from vsdbench.report.figures import write_figures
     from vsdbench.report.tables import print_summary
 
@@ -167,13 +175,8 @@ def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool,
         _print_json(summary)
     else:
         print_summary(summary, Console(), categories=categories)
-    console.print(f"records and {len(figures)} figures: {folder}")
-    violations = sum(row["lossless"]["violations"] for row in summary["results"] if row["category"] is None)
-    if violations:
-        raise GateError(
-            f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
-            "not lossless; see the divergences in records.jsonl, and repeat with --dtype fp32."
-        )
+    console.print(f"records and {len(figures)} figures: {folder}", soft_wrap=True, markup=False)
+    return sum(row["lossless"]["violations"] for row in summary["results"] if row["category"] is None)
 
 
 def _print_estimate(name: str, options: RunOptions, console: Console, *, as_json: bool) -> None:
