@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -57,18 +57,25 @@ def empty_tree(device: torch.device) -> TokenTree:
 def grow(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator: torch.Generator) -> TokenTree:
     """Return a tree of at most ``shape.budget`` nodes proposed by ``scorer``.
 
+    A node has no more children than the drafter's vocabulary has tokens, whatever ``shape.top_k`` says.
+
     Args:
         scorer: The drafter's scoring of one level at a time.
         shape: What may be proposed.
         temperature: Temperature of decoding; sampled children are drawn at it (at 1 when decoding is greedy).
         generator: Source of the draws of a ``sampled`` shape; the others never touch it.
     """
+    root = scorer.root()
+    if shape.budget < 1 or shape.depth < 1:
+        return empty_tree(root.device)
+    if root.shape[-1] < shape.top_k:
+        shape = replace(shape, top_k=root.shape[-1])
     if shape.kind == "dynamic":
-        return _grow_dynamic(scorer, shape)
-    topology = fixed_topology(shape)
+        return _grow_dynamic(scorer, root, shape)
+    walk = _TopologyWalk(scorer, root, fixed_topology(shape))
     if shape.kind == "sampled":
-        return _grow_sampled(scorer, topology, temperature if temperature > 0 else 1.0, generator)
-    return _grow_ranked(scorer, topology)
+        return _grow_sampled(scorer, walk, temperature if temperature > 0 else 1.0, generator)
+    return _grow_ranked(scorer, walk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +147,20 @@ def fixed_topology(shape: TreeShape) -> Topology:
     return Topology(tuple(parents), tuple(ranks), tuple(depths), tuple(levels), tuple(children))
 
 
-def _grow_ranked(scorer: LevelScorer, topology: Topology) -> TokenTree:
+def _grow_ranked(scorer: LevelScorer, walk: _TopologyWalk) -> TokenTree:
     """Fill a topology with the top-ranked children."""
-    walk = _TopologyWalk(scorer, topology)
     for log_probs, rows in walk:
-        width = max(topology.num_children[row] for row in rows)
+        width = max(walk.topology.num_children[row] for row in rows)
         top = log_probs.topk(width, dim=-1)
         walk.place(scorer.to_target(top.indices), top.values)
     return walk.tree()
 
 
-def _grow_sampled(scorer: LevelScorer, topology: Topology, temperature: float, generator: torch.Generator) -> TokenTree:
+def _grow_sampled(
+    scorer: LevelScorer, walk: _TopologyWalk, temperature: float, generator: torch.Generator
+) -> TokenTree:
     """Fill a topology with children drawn without replacement, in the order drawn (Gumbel top-k, arXiv 1903.06059)."""
-    walk = _TopologyWalk(scorer, topology)
+    topology = walk.topology
     draft_probs: Tensor | None = None
     for log_probs, rows in walk:
         tempered = torch.log_softmax(log_probs / temperature, dim=-1)
@@ -171,9 +179,10 @@ def _grow_sampled(scorer: LevelScorer, topology: Topology, temperature: float, g
 class _TopologyWalk:
     """Iterates over the levels of a fixed topology: yields the scores of the rows that have children, takes tokens."""
 
-    def __init__(self, scorer: LevelScorer, topology: Topology) -> None:
+    def __init__(self, scorer: LevelScorer, root: Tensor, topology: Topology) -> None:
+        self.topology = topology
         self._scorer = scorer
-        self._topology = topology
+        self._root = root
         self._slots: dict[int, int] = {-1: -1}
         self._tokens: list[Tensor] = []
         self._log_probs: list[Tensor] = []
@@ -184,12 +193,12 @@ class _TopologyWalk:
     def __next__(self) -> tuple[Tensor, list[int]]:
         """Return ``[R, Vd]`` log-probabilities and the R rows that have children at the level that comes next."""
         done = len(self._tokens)
-        topology = self._topology
+        topology = self.topology
         if done == len(topology.levels):
             raise StopIteration
         if done == 0:
             self._rows = [0]
-            return self._scorer.root()[None], self._rows
+            return self._root[None], self._rows
         level = topology.levels[done - 1]
         inner = [i for i, node in enumerate(level) if topology.num_children[node + 1]]
         parents = [self._slots[topology.parents[level[i]]] for i in inner]
@@ -200,7 +209,7 @@ class _TopologyWalk:
 
     def place(self, tokens: Tensor, log_probs: Tensor) -> None:
         """Take ``[R, K]`` target ids and log-probabilities, by rank, for the rows just yielded."""
-        topology = self._topology
+        topology = self.topology
         level = topology.levels[len(self._tokens)]
         line = {row: i for i, row in enumerate(self._rows)}
         rows = [line[topology.parents[node] + 1] for node in level]
@@ -209,20 +218,20 @@ class _TopologyWalk:
         self._log_probs.append(log_probs[rows, ranks])
 
     def tree(self, draft_probs: Tensor | None = None) -> TokenTree:
-        topology = self._topology
+        topology = self.topology
         return TokenTree(
             torch.cat(self._tokens), topology.parents, topology.depths, torch.cat(self._log_probs), draft_probs
         )
 
 
-def _grow_dynamic(scorer: LevelScorer, shape: TreeShape) -> TokenTree:
+def _grow_dynamic(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> TokenTree:
     """Grow by cumulative log-probability, then keep the ``budget`` best nodes of all that were scored.
 
     A node's cumulative log-probability is at most its parent's, so the kept set is always a tree. Growth stops before
     ``depth`` when no descendant of the frontier can enter the kept set any more: the result is the same, cheaper.
     """
     width = shape.top_k
-    top = scorer.root().topk(width)
+    top = root.topk(width)
     tokens, cumulative, own = [scorer.to_target(top.indices)], [top.values], [top.values]
     parents: list[int] = [-1] * width
     depths: list[int] = [1] * width
