@@ -1,22 +1,25 @@
 """The second baseline: ``generate`` of transformers on the same weights, timed token by token.
 
-It runs the model as its users run it (stock attention, plain weights, dynamic cache). At T > 0 its next token comes from the same
-keyed draw as the engine's ``coupled`` rule, so both sides emit the same tokens and equal work is compared; the draw
-replaces the library's own, which costs about as much.
+It runs the model as its users run it (stock attention, plain weights, dynamic cache). At T > 0 its next token comes
+from the same keyed draw as the engine's ``coupled`` rule, so both sides emit the same tokens and equal work is
+compared; the draw replaces the library's own, which costs about as much.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from vsdbench.decoding.engine import end_of_answer
 from vsdbench.decoding.interfaces import Generation
 from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
+from vsdbench.errors import ConfigError
 from vsdbench.models.device import synchronize
 
 if TYPE_CHECKING:
@@ -53,11 +56,30 @@ class _CoupledDraw(LogitsProcessor):  # type: ignore[misc]
         return only
 
 
+@contextmanager
+def _only(model: Any, config: GenerationConfig) -> Iterator[None]:  # noqa: ANN401 - a transformers model
+    """Let nothing but ``config`` decide: ``generate`` fills what it leaves open from the model's own defaults.
+
+    Those may hold a repetition penalty or an end token, and then the baseline would answer something else.
+    """
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.inference_mode()
 def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings) -> Generation:
-    """Return the answer of ``model.generate`` with its prefill and decode times (no steps: it has no trees)."""
+    """Return the answer of ``model.generate`` with its prefill and decode times (no steps: it has no trees).
+
+    Raises:
+        ConfigError: The prompt is empty or longer than the target's context.
+    """
     eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
-    room = min(settings.max_new_tokens, target.max_positions - len(prompt))
+    if not prompt:
+        raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
+    room = end_of_answer(target, prompt, settings) - len(prompt)
     config = GenerationConfig(
         max_new_tokens=room,
         do_sample=False,
@@ -70,7 +92,7 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings)
         processors.append(_CoupledDraw(settings.sampling, settings.seed))
     clock = _Clock(target.device)
     ids = torch.tensor([list(prompt)], device=target.device)
-    with target.as_shipped() as model:
+    with target.as_shipped() as model, _only(model, config):
         synchronize(target.device)
         started = time.perf_counter()
         output = model.generate(

@@ -75,6 +75,21 @@ class Autoregressive:
         """Nothing to learn."""
 
 
+def end_of_answer(target: Target, prompt: Sequence[int], settings: DecodeSettings) -> int:
+    """Return the length of prompt and answer together at which decoding stops, whatever the tokens are.
+
+    Raises:
+        ConfigError: Not one token of an answer fits.
+    """
+    if len(prompt) >= target.max_positions:
+        raise ConfigError(
+            f"The prompt has {len(prompt)} tokens and the target holds {target.max_positions}: shorten the prompt."
+        )
+    if settings.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {settings.max_new_tokens}: it must be at least 1.")
+    return min(len(prompt) + settings.max_new_tokens, target.max_positions)
+
+
 @torch.inference_mode()
 def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: DecodeSettings) -> Generation:
     """Return the answer to a prompt with its per-step measurements.
@@ -90,11 +105,7 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
     """
     device, params = target.device, settings.sampling
     eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
-    end = min(len(prompt) + settings.max_new_tokens, target.max_positions)
-    if len(prompt) >= end:
-        raise ConfigError(
-            f"The prompt has {len(prompt)} tokens and the target holds {target.max_positions}: shorten the prompt."
-        )
+    end = end_of_answer(target, prompt, settings)
     max_length = end + settings.shape.budget + 1
     generator = torch.Generator().manual_seed(settings.seed)
 
