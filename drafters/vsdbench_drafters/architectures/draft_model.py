@@ -39,6 +39,7 @@ class DraftModelDrafter:
         self.vocab_size = vocab_size
         self._cache: PreallocatedCache | None = None
 
+    @torch.inference_mode()
     def begin(self, state: TargetState, max_length: int) -> None:
         """Run the draft model over the prompt; the root is left for the first proposal."""
         # Scratch keys of a growing tree stand behind the committed ones: scored levels are at most top_k wide.
@@ -51,6 +52,7 @@ class DraftModelDrafter:
     def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
         """Nothing yet: what was committed is read together with the next root."""
 
+    @torch.inference_mode()
     def propose(
         self, state: TargetState, shape: TreeShape, *, temperature: float, generator: torch.Generator
     ) -> TokenTree:
