@@ -25,8 +25,13 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"'{name}' is not a device: use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"Device '{name}' is not supported: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblemError(f"Device '{name}' was asked for but torch sees no CUDA GPU: use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise EnvironmentProblemError(f"Device '{name}' was asked for but torch sees {count}: use cuda:{count - 1}.")
     return device
 
 

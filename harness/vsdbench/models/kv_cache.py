@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from vsdbench.errors import ConfigError
+
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
     """One model layer's window on the shared buffers, in the form that transformers' attention expects."""
@@ -32,6 +34,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         start = self._cache.length
         stop = start + key_states.shape[-2]
+        if stop > self._cache.capacity:
+            raise ConfigError(
+                f"{stop} tokens do not fit into a cache of {self._cache.capacity}: use a smaller tree (budget, depth, "
+                "top_k) or fewer new tokens."
+            )
         self.keys[:, :, start:stop] = key_states
         self.values[:, :, start:stop] = value_states
         return self.keys[:, :, :stop], self.values[:, :, :stop]
@@ -75,6 +82,7 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         """Forget the sequence; the buffers stay."""
         self.length = 0
 
+    @torch.inference_mode()  # the buffers are inference tensors, which refuse to be written outside of it
     def commit(self, rows: Sequence[int]) -> None:
         """Keep ``rows`` (increasing, relative to the committed length) of the last forward, drop the others."""
         count = len(rows)

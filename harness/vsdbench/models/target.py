@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,18 @@ class Target:
         self.vocab_size: int = self.config.vocab_size
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         self.embed_tokens: nn.Embedding = model.get_input_embeddings()
-        layers = model.get_decoder().layers
-        self.num_layers = len(layers)
-        middle = (2, self.num_layers // 2, self.num_layers - 3)
-        self.feature_layers = tuple(min(max(layer, 0), self.num_layers - 1) for layer in middle)
+        self.num_layers = len(model.get_decoder().layers)
         self.eos_ids = _eos_ids(model, tokenizer)
         self.window: int | None = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or [])
+        if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
+            raise ConfigError(
+                f"'{name}' has layers of {', '.join(sorted(unknown))}, which cannot verify a tree: "
+                "use a target whose layers are all of full or sliding attention."
+            )
         self._entering: dict[int, Tensor] = {}
-        for index in set(self.feature_layers):
-            self._watch(layers[index], index)
+        self._hooks: list[RemovableHandle] = []
+        self._watch()
         self._cache: PreallocatedCache | None = None
 
     @classmethod
@@ -133,6 +135,8 @@ class Target:
         decoder = self.model.get_decoder()
         decoder.layers = decoder.layers[:count]
         self.config.num_hidden_layers = self.num_layers = count
+        self._cache = None
+        self._watch()
 
     # ---- text ----
 
@@ -252,11 +256,23 @@ class Target:
 
     # ---- features ----
 
-    def _watch(self, layer: nn.Module, index: int) -> RemovableHandle:
+    def _watch(self) -> None:
+        """Choose the feature layers of the model as it is now and keep what enters them at every forward."""
+        middle = (2, self.num_layers // 2, self.num_layers - 3)
+        self.feature_layers = tuple(min(max(layer, 0), self.num_layers - 1) for layer in middle)
+        for hook in self._hooks:
+            hook.remove()
+        layers = self.model.get_decoder().layers
+        self._hooks = [
+            layers[index].register_forward_pre_hook(self._keeper(index), with_kwargs=True)
+            for index in set(self.feature_layers)
+        ]
+
+    def _keeper(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._entering[index] = args[0] if args else kwargs["hidden_states"]
 
-        return layer.register_forward_pre_hook(keep, with_kwargs=True)
+        return keep
 
     def _features(self) -> Tensor:
         """Return ``[n, 3H]``: what entered the three feature layers in the last forward."""
