@@ -94,11 +94,18 @@ class NgramDrafter:
 
 
 def build(target: object, *, checkpoint: Path | None, options: dict[str, Any]) -> NgramDrafter:
-    """Return the drafter for a suite entry; ``options`` are ``max_ngram`` and ``min_ngram``."""
+    """Return the drafter for a suite entry; ``options`` are ``max_ngram`` and ``min_ngram``.
+
+    Raises:
+        ConfigError: A checkpoint, an unknown option, or a value that is not a fitting whole number.
+    """
     del target
     if checkpoint is not None:
         raise ConfigError(f"ngram has nothing to load: remove checkpoint '{checkpoint}'.")
     unknown = set(options) - {"max_ngram", "min_ngram"}
     if unknown:
         raise ConfigError(f"ngram has no option '{min(unknown)}': it takes max_ngram and min_ngram.")
+    for name, value in options.items():
+        if type(value) is not int:
+            raise ConfigError(f"ngram's option {name} is {value!r}: it must be a whole number of tokens.")
     return NgramDrafter(**options)
