@@ -1,0 +1,150 @@
+"""The estimate: arithmetic with the timings given, and timings of a tiny model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vsdbench import registry
+from vsdbench.bench import estimate as module
+from vsdbench.bench.run import RunOptions
+from vsdbench.errors import ConfigError
+from vsdbench.models.target import Target
+from vsdbench.suites.prompts import make_prompt
+from vsdbench.suites.schema import DrafterEntry
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def target():
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=128, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **shape)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return Target(model, None, name="toy", fingerprint="0" * 16)
+
+
+@pytest.fixture
+def config(monkeypatch, target):
+    """A suite of two prompts with three turns, whose drafters a test may set."""
+    config = SimpleNamespace(
+        name="toy",
+        target="toy",
+        modes=["greedy", "stochastic"],
+        repeats=2,
+        generation=SimpleNamespace(max_new_tokens=20),
+        baselines=["autoregressive", "hf-generate"],
+        drafters=[DrafterEntry(name="ngram", type="ngram")],
+    )
+    prompts = [
+        make_prompt(identifier=str(number), category="c", turns=turns, source="s")
+        for number, turns in enumerate([("one",), ("two", "three")])
+    ]
+    suite = SimpleNamespace(config=config, prompts=prompts)
+    monkeypatch.setattr(module, "open_suite", lambda name, options, console: suite)
+    monkeypatch.setattr(module, "load_target", lambda name, options, console: target)
+    return config
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """A prefill of 0.5 s, a step of 0.1 s, a tree forward of 0.2 s."""
+    monkeypatch.setattr(module, "_autoregressive", lambda target, context: (0.5, 0.1))
+    monkeypatch.setattr(module, "_tree_forward_s", lambda target, budget: 0.2)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """Recipes that cost 100 s of training and share 40 s of data; 'done' is in the cache."""
+    real = registry.load
+
+    def load(group, name):
+        if (group, name) == ("vsdbench.trainers", "load"):
+            return lambda recipe, overrides: recipe
+        if (group, name) == ("vsdbench.trainers", "estimate"):
+            return lambda recipe: {
+                "training_s": 100.0,
+                "data_s": 40.0,
+                "data_key": "shared",
+                "cached": recipe == "done",
+            }
+        return real(group, name)
+
+    monkeypatch.setattr(registry, "load", load)
+
+
+def seconds(result):
+    return {method["name"]: method["seconds"] for method in result["methods"]}
+
+
+def test_time_is_decodes_times_what_one_was_measured_to_take(config, timings):
+    result = module.estimate("toy", RunOptions(), QUIET)
+    decodes = 3 * 2 * 2  # turns x modes x repeats
+    tokens = decodes * 20 * module.ANSWER_FILL
+    plain = decodes * 0.5 + tokens * 0.1
+    drafted = decodes * 0.5 + tokens / module.TAU_UNTRAINED * 0.2
+    assert seconds(result) == pytest.approx({"autoregressive": plain, "hf-generate": plain, "ngram": drafted})
+    assert result["num_decodes"] == decodes * 3
+    assert result["seconds"] == pytest.approx(2 * plain + drafted + module.SECONDS_OUTSIDE)
+    assert result["training"] == []
+
+
+def test_a_drafter_with_a_model_pays_for_drafting_and_accepts_more(config, timings):
+    config.drafters = [DrafterEntry(name="m", type="draft_model", options={"model": "x"})]
+    tokens = 12 * 20 * module.ANSWER_FILL
+    step = 0.2 + module.DRAFT_SHARE * 0.1 * 4
+    expected = 12 * 0.5 + tokens / module.TAU_TRAINED * step
+    assert seconds(module.estimate("toy", RunOptions(), QUIET))["m"] == pytest.approx(expected)
+
+
+def test_shared_data_is_counted_once_and_what_is_cached_not_at_all(config, timings, trainers):
+    config.drafters = [
+        DrafterEntry(name=name, type="eagle3", recipe=recipe, checkpoint=checkpoint)
+        for name, recipe, checkpoint in [("a", "new", None), ("b", "other", None), ("c", "done", None), ("d", "x", "y")]
+    ]
+    result = module.estimate("toy", RunOptions(), QUIET)
+    assert [(t["recipe"], t["seconds"], t["cached"]) for t in result["training"]] == [
+        ("new", 140.0, False),
+        ("other", 100.0, False),
+        ("done", 100.0, True),
+    ]
+    assert result["seconds"] == pytest.approx(sum(seconds(result).values()) + 240 + module.SECONDS_OUTSIDE)
+
+
+def test_an_unknown_drafter_is_refused_before_the_target_is_loaded(config, monkeypatch):
+    monkeypatch.setattr(module, "load_target", lambda *_: pytest.fail("the target was loaded"))
+    config.drafters = [DrafterEntry(name="a", type="ngran")]
+    with pytest.raises(ConfigError, match="Did you mean 'ngram'"):
+        module.estimate("toy", RunOptions(), QUIET)
+
+
+def test_measured_for_real_everything_is_positive_and_finite(config, target):
+    result = module.estimate("toy", RunOptions(), QUIET)
+    assert all(0 < value < 60 for value in seconds(result).values())
+    assert (result["target"], result["device"], result["dtype"]) == ("toy", "cpu", "float32")
+    weights = sum(parameter.nbytes for parameter in target.model.parameters())
+    assert weights < result["memory_bytes"] < 2e9
+
+
+def test_memory_of_a_target_without_grouped_heads(target, monkeypatch):
+    plain = SimpleNamespace(hidden_size=16, num_attention_heads=2)
+    monkeypatch.setattr(target, "config", plain)
+    alone = module._memory_bytes(target, 64, 0)
+    assert module._memory_bytes(target, 128, 0) - alone == 2 * 2 * 3 * 2 * 8 * 64 * 4  # both caches: K and V of 64 rows
+    assert module._memory_bytes(target, 64, 1) > alone
+
+
+def test_the_table_has_a_line_a_step(config, timings, trainers, capsys):
+    config.drafters = [DrafterEntry(name=name, type="eagle3", recipe=name) for name in ("new", "done")]
+    module.print_estimate(module.estimate("toy", RunOptions(), QUIET), Console(width=120))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["train", "new", "2.3", "min"] in lines
+    assert ["train", "done", "in", "the", "cache"] in lines
+    assert [line[:2] for line in lines if line[:1] == ["decode"]] == [
+        ["decode", name] for name in ("autoregressive", "hf-generate", "new", "done")
+    ]
