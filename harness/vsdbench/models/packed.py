@@ -33,7 +33,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """Return ``[..., out_features]``."""
-        if not self.switch.on or (input.requires_grad and torch.is_grad_enabled()) or input.dtype != self.packed.dtype:
+        learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        if learning or not self.switch.on or input.dtype != self.packed.dtype:
             return linear(input, self.weight, self.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001 - what torch.compile uses
             input, self.packed, self.bias, "none", [], ""
@@ -43,13 +44,16 @@ class PackedLinear(nn.Linear):
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this device and dtype have packed products in this build of torch."""
-    return (
+    if not (
         device.type == "cpu"
         and dtype in PACKED_DTYPES
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+    ):
+        return False
+    # A processor without bfloat16 instructions refuses the packed product, not the plain one.
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 
 @torch.no_grad()
