@@ -8,10 +8,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tests.decoding.tiny import SHAPES, VOCAB, make_model, make_prompt, make_target, plain, settings
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
+from vsdbench.models.target import Target
 from vsdbench_drafters.architectures.draft_model import DraftModelDrafter, build
 
 PROMPT = make_prompt(11, seed=5)
@@ -161,3 +164,39 @@ def test_build(loadable, tmp_path):
         build(loadable, checkpoint=None, options={})
     with pytest.raises(ConfigError, match="'7' has another vocabulary than 'llama'"):
         build(loadable, checkpoint=None, options={"model": "7"})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "is 0"), (5, "is 5"), ("two", "is 'two'"), (1.5, r"is 1\.5"), (True, "is True")]
+)
+def test_an_impossible_number_of_layers_is_refused(loadable, value, message):
+    with pytest.raises(ConfigError, match=f"num_layers {message}"):
+        build(loadable, checkpoint=None, options={"model": "any", "num_layers": value})
+
+
+def test_a_model_folder_is_loaded_and_cut(tmp_path, monkeypatch):
+    """Nothing replaced: a folder on disk with its tokenizer, whole and after one layer."""
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "cache"))
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    make_model(seed=3).save_pretrained(tmp_path / "draft")
+    tokenizer.save_pretrained(tmp_path / "draft")
+    target = Target(make_model(), tokenizer, name="toy", fingerprint="0" * 16)
+    whole = build(target, checkpoint=None, options={"model": str(tmp_path / "draft")})
+    cut = build(target, checkpoint=tmp_path / "draft", options={"num_layers": 1})
+    assert (whole.model.num_layers, cut.model.num_layers) == (4, 1)
+    assert whole.model.dtype == target.dtype
+    for drafter in (whole, cut):
+        assert decode(target, drafter, PROMPT, settings(12)).token_ids == plain(target, PROMPT, settings(12))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.parametrize("shape", KINDS)
+def test_greedy_decoding_is_lossless_on_a_gpu(shape):
+    target = make_target(device="cuda", dtype=torch.float32)
+    drafter = DraftModelDrafter(make_target(device="cuda", dtype=torch.float32, seed=3), VOCAB)
+    for seed in range(3):
+        prompt, chosen = make_prompt(9, seed), settings(24, shape=shape)
+        assert decode(target, drafter, prompt, chosen).token_ids == plain(target, prompt, chosen)

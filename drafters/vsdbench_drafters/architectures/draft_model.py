@@ -126,11 +126,14 @@ def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -
         options: ``model`` (hub id, path or wheel name) and optionally ``num_layers``.
 
     Raises:
-        ConfigError: No model is named, or its vocabulary is not the target's.
+        ConfigError: No model is named, an option is unknown or impossible, or its vocabulary is not the target's.
     """
     unknown = set(options) - {"model", "num_layers"}
     if unknown:
         raise ConfigError(f"draft_model has no option '{min(unknown)}': it takes model and num_layers.")
+    layers = options.get("num_layers")
+    if layers is not None and type(layers) is not int:
+        raise ConfigError(f"draft_model's num_layers is {layers!r}: it must be a whole number of layers.")
     name = str(checkpoint) if checkpoint is not None else options.get("model")
     if not name:
         raise ConfigError("draft_model needs the option 'model': a hub id, a model folder or an embedded model.")
@@ -138,6 +141,6 @@ def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -
     model = Target.load(files.path, name=name, fingerprint=files.fingerprint, device=target.device, dtype=target.dtype)
     if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise ConfigError(f"'{name}' has another vocabulary than '{target.name}': a draft model must share it.")
-    if "num_layers" in options:
-        model.keep_layers(int(options["num_layers"]))
+    if layers is not None:
+        model.keep_layers(layers)
     return DraftModelDrafter(model, target.vocab_size)
