@@ -60,3 +60,9 @@ def test_the_measurement_is_a_positive_ratio_measured_once():
     first = bf16_speedup(CPU)
     assert first > 0
     assert bf16_speedup(CPU) == first
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "xpu:0"])
+def test_a_device_that_torch_knows_but_nothing_here_can_time(name):
+    with pytest.raises(ConfigError, match=f"'{name}' is not supported: use auto, cpu, cuda or cuda:N"):
+        choose_device(name)

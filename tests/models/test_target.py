@@ -243,3 +243,46 @@ def test_the_families_are_what_transformers_loads():
         "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM",
         "Olmo2ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
     }  # fmt: skip
+
+
+def test_a_cut_target_forgets_the_cache_of_the_whole_one():
+    target = make_target()
+    assert len(target.prefill(PROMPT, 32).cache.layers) == 4
+    target.keep_layers(2)
+    state = target.prefill(PROMPT, 32)
+    assert len(state.cache.layers) == 2
+    assert state.features.shape == (len(PROMPT), 3 * target.hidden_size)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gemma3"])
+def test_bfloat16_stays_near_the_exact_forward_and_a_wrong_mask_does_not(family, device, monkeypatch):
+    target = make_target(family, dtype=torch.bfloat16, device=device)
+    tree = tree_of(TREE.tokens.tolist(), TREE.parents, device)
+    state = begun(target)
+
+    def worst():
+        output = target.forward_tree(state, tree)
+        assert output.features.dtype == torch.bfloat16
+        scale = float(output.logits.abs().max())
+        moved = type(output)(output.logits.cpu(), output.features)
+        return largest_error(target, family, TREE, moved, state.tokens) / scale
+
+    right = worst()
+    causal = torch.ones(len(TREE) + 1, len(TREE) + 1, dtype=torch.bool, device=device).tril()
+    monkeypatch.setattr("vsdbench.models.target.ancestor_mask", lambda *_: causal)
+    wrong = worst()
+    assert right < 0.1
+    assert wrong > 2 * right
