@@ -37,6 +37,8 @@ FAMILIES = {
     "mistral-window": ("mistral", {"sliding_window": WINDOW}),
     "phi3-window": ("phi3", {"sliding_window": WINDOW}),
     "olmo2": ("olmo2", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt-neox": ("gpt_neox", {}),
     "gemma2": ("gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
     "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 8}),
 }

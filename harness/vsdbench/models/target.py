@@ -82,7 +82,8 @@ class Target:
         self.vocab_size: int = self.config.vocab_size
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         self.embed_tokens: nn.Embedding = model.get_input_embeddings()
-        self.num_layers = len(model.get_decoder().layers)
+        self._stack, self._layers_name = _layer_stack(model, self.config.num_hidden_layers, name)
+        self.num_layers = len(self._layers())
         self.eos_ids = _eos_ids(model, tokenizer)
         self.window: int | None = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or [])
@@ -132,11 +133,14 @@ class Target:
         """
         if not 1 <= count <= self.num_layers:
             raise ConfigError(f"num_layers is {count}, but '{self.name}' has {self.num_layers} layers.")
-        decoder = self.model.get_decoder()
-        decoder.layers = decoder.layers[:count]
+        setattr(self._stack, self._layers_name, self._layers()[:count])
         self.config.num_hidden_layers = self.num_layers = count
         self._cache = None
         self._watch()
+
+    def _layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = getattr(self._stack, self._layers_name)
+        return layers
 
     # ---- text ----
 
@@ -262,7 +266,7 @@ class Target:
         self.feature_layers = tuple(min(max(layer, 0), self.num_layers - 1) for layer in middle)
         for hook in self._hooks:
             hook.remove()
-        layers = self.model.get_decoder().layers
+        layers = self._layers()
         self._hooks = [
             layers[index].register_forward_pre_hook(self._keeper(index), with_kwargs=True)
             for index in set(self.feature_layers)
@@ -290,6 +294,18 @@ class Target:
             self.model.set_attn_implementation(self.attention)
             if self._packing is not None:
                 self._packing.on = True
+
+
+def _layer_stack(model: Any, count: int, name: str) -> tuple[nn.Module, str]:  # noqa: ANN401 - a transformers model
+    """Return the module that holds the model's decoder layers, and the attribute it holds them in.
+
+    Raises:
+        ConfigError: The model has no such list.
+    """
+    for attribute, child in model.get_decoder().named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return model.get_decoder(), attribute
+    raise ConfigError(f"'{name}' ({type(model).__name__}) keeps its {count} layers in no list: it cannot be a target.")
 
 
 def choose_attention(config: Any) -> str:  # noqa: ANN401 - a transformers config
