@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.workspace import Workspace, lines_of, outcomes_of, save_model
 
 from vsdbench.bench import run as run_module
+from vsdbench.store.files import AppendLog
 
 PATIENCE_S = 60
 
@@ -82,6 +83,21 @@ def test_an_interrupted_run_says_so_and_is_resumed(workspace, finished):
     assert "--resume" in said
     assert workspace.run("--run", "latest").code == 0
     assert outcomes_of(run) == outcomes_of(finished[0].only_run)
+
+
+def test_an_interrupt_right_after_a_record_was_written_counts_it(workspace, monkeypatch):
+    append = AppendLog.append
+
+    def interrupted(log, line):
+        append(log, line)
+        if log.path.name == "records.jsonl" and log.path.read_bytes().count(b"\n") == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AppendLog, "append", interrupted)
+    result = workspace.run()
+    assert result.code == 130
+    assert "Interrupted: 3 of " in result.said
+    assert len(complete_lines(workspace.only_run)) == 3
 
 
 def test_without_resume_a_new_run_is_made_and_the_old_one_is_mentioned(workspace, interrupted_after):

@@ -130,8 +130,9 @@ def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, S
             try:
                 runner.run()
             except KeyboardInterrupt as error:
+                kept = len(load_records(store.directory))  # Ctrl-C may fall between writing a record and noting it
                 raise InterruptedRunError(
-                    f"Interrupted: {len(store.done)} of {runner.total} decodes are kept in {store.directory}; "
+                    f"Interrupted: {kept} of {runner.total} decodes are kept in {store.directory}; "
                     "the same command with --resume goes on from there."
                 ) from error
         store.update_manifest(status="complete", finished=_now(), machine_after=machine())
