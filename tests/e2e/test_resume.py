@@ -212,3 +212,12 @@ def test_other_target_weights_are_another_run(workspace, interrupted_after, tmp_
     result = workspace.run("--run", run.name, "--target", target)
     assert result.code == 2
     assert "another suite, target" in result.said
+
+
+def test_a_run_that_cannot_be_read_is_named_and_does_not_stop_a_new_one(workspace):
+    broken = workspace.results / "broken-run"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{", encoding="utf-8")
+    result = workspace.run()
+    assert result.code == 0, result.err
+    assert "broken-run" in result.err

@@ -111,7 +111,7 @@ def minutes(seconds: float) -> str:
 def _autoregressive(target: Target, context: int) -> tuple[float, float]:
     """Return measured seconds of a prefill of ``context`` tokens and of one decode step after it."""
     settings = DecodeSettings(max_new_tokens=12, eos_ids=frozenset())
-    prompt = [1 + i % 100 for i in range(context)]
+    prompt = [i % min(100, target.vocab_size) for i in range(context)]
     decode(target, Autoregressive(), prompt, settings)
     generation = decode(target, Autoregressive(), prompt, settings)
     return generation.prefill_s, generation.decode_s / len(generation.steps)
@@ -119,7 +119,7 @@ def _autoregressive(target: Target, context: int) -> tuple[float, float]:
 
 def _tree_forward_s(target: Target, budget: int, repeats: int = 5) -> float:
     """Return measured seconds of one target forward over a chain of ``budget`` draft tokens."""
-    state = target.prefill([1, 2, 3, 4], budget + 64)
+    state = target.prefill([0, 1, 0, 1], budget + 64)
     tokens = torch.ones(budget, dtype=torch.int64, device=target.device)
     tree = TokenTree(tokens, range(-1, budget - 1), range(1, budget + 1), tokens.float())
     times = []

@@ -164,11 +164,7 @@ def _find_resumable(key: str, options: RunOptions, console: Console) -> Path | N
                 "made it (its manifest.json has it), or leave --run out."
             )
         return run
-    open_runs = [
-        run
-        for run in list_runs(folder)
-        if (manifest := load_manifest(run)).get("run_key") == key and manifest.get("status") != "complete"
-    ]
+    open_runs = [run for run in list_runs(folder) if _is_unfinished(run, key, console)]
     if not open_runs:
         return None
     if options.resume:
@@ -176,6 +172,16 @@ def _find_resumable(key: str, options: RunOptions, console: Console) -> Path | N
         return open_runs[-1]
     console.print(f"[yellow]note:[/] {open_runs[-1].name} was left unfinished; --resume would have continued it.")
     return None
+
+
+def _is_unfinished(run: Path, key: str, console: Console) -> bool:
+    """Whether a run is this one and not complete; one that cannot be read is named and left alone."""
+    try:
+        manifest = load_manifest(run)
+    except ConfigError as error:
+        console.print(f"[yellow]note:[/] {error}")
+        return False
+    return manifest.get("run_key") == key and manifest.get("status") != "complete"
 
 
 def _create(suite: Suite, target: Target, methods: Sequence[Method], key: str, options: RunOptions) -> RunStore:
