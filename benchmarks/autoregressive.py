@@ -82,7 +82,7 @@ def main() -> int:
         run_options = RunOptions(
             target=options.target, device=options.device, dtype=options.dtype, limit=options.prompts
         )
-        suite = open_suite(options.suite, run_options)
+        suite = open_suite(options.suite, run_options, console)
         target = load_target(suite.config.target, run_options, console)
         prompts = [target.encode_chat([{"role": "user", "content": prompt.turns[0]}]) for prompt in suite.prompts]
         result = measure(target, prompts, options.tokens, options.repeats)

@@ -267,7 +267,7 @@ def main() -> int:
             dtype=options.dtype,
             limit=options.limit,
         )
-        suite = open_suite(options.suite, run_options)
+        suite = open_suite(options.suite, run_options, console)
         target = load_target(suite.config.target, run_options, console)
         sweep = Sweep(suite, target, make_methods(suite, target, options, console), options)
     except VsdbenchError as error:

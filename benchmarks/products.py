@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576
 HEAD = (49152, 576)
 
 
-def seconds(layers: nn.ModuleList, inputs: dict[int, Tensor]) -> float:
+def seconds(layers: Sequence[nn.Linear], inputs: dict[int, Tensor]) -> float:
     """Return the time of one pass through the layers, each on the input of its width."""
     started = time.perf_counter()
     for layer in layers:
@@ -32,8 +33,8 @@ def seconds(layers: nn.ModuleList, inputs: dict[int, Tensor]) -> float:
 @torch.inference_mode()
 def measure(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
     """Return medians in milliseconds, the two variants in turn."""
-    layers = nn.ModuleList(nn.Linear(i, o, bias=False, dtype=dtype) for o, i in (*LAYER * 30, HEAD))
-    switch = pack(layers)
+    layers = [nn.Linear(i, o, bias=False, dtype=dtype) for o, i in (*LAYER * 30, HEAD)]
+    switch = pack(nn.ModuleList(layers))
     inputs = {width: torch.randn(rows, width, dtype=dtype) for width in (576, 1536)}
     times: dict[str, list[float]] = {"plain_ms": [], "packed_ms": []}
     for repeat in range(repeats + 2):

@@ -70,7 +70,13 @@ class DataConfig(Config):
     loop_repeats: int = Field(default=3, ge=0)
 
 
-class DataTarget(Protocol):
+class Encoder(Protocol):
+    """Renders a conversation."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...  # noqa: D102
+
+
+class DataTarget(Encoder, Protocol):
     """What is needed of a target."""
 
     model: object
@@ -81,8 +87,6 @@ class DataTarget(Protocol):
 
     @property
     def template_hash(self) -> str: ...  # noqa: D102
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...  # noqa: D102
 
 
 def estimate_seconds(config: DataConfig, tokens_per_s: float) -> float:
@@ -313,7 +317,7 @@ class _Tally:
         return self.tokens / self.answers if self.answers >= 64 else longest / 2
 
 
-def shared_prefix(target: DataTarget) -> list[int]:
+def shared_prefix(target: Encoder) -> list[int]:
     """Return the tokens with which every rendered prompt begins: the chat template's part before the user's text."""
     texts = ("A", "zebra?", "{", "12 is")
     rendered = [target.encode_chat([{"role": "user", "content": text}]) for text in texts]
