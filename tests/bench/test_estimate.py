@@ -72,6 +72,7 @@ def trainers(monkeypatch):
                 "data_s": 40.0,
                 "data_key": "shared",
                 "cached": recipe == "done",
+                "bytes": 5,
             }
         return real(group, name)
 
@@ -128,15 +129,16 @@ def test_measured_for_real_everything_is_positive_and_finite(config, target):
     assert all(0 < value < 60 for value in seconds(result).values())
     assert (result["target"], result["device"], result["dtype"]) == ("toy", "cpu", "float32")
     weights = sum(parameter.nbytes for parameter in target.model.parameters())
-    assert weights < result["memory_bytes"] < 2e9
+    assert weights < result["memory_bytes"] < module.loaded_bytes(target.device) + 1e9
 
 
 def test_memory_of_a_target_without_grouped_heads(target, monkeypatch):
     plain = SimpleNamespace(hidden_size=16, num_attention_heads=2)
     monkeypatch.setattr(target, "config", plain)
-    alone = module._memory_bytes(target, 64, 0)
-    assert module._memory_bytes(target, 128, 0) - alone == 2 * 2 * 3 * 2 * 8 * 64 * 4  # both caches: K and V of 64 rows
-    assert module._memory_bytes(target, 64, 1) > alone
+    alone = module._memory_bytes(target, 64, [], 0)
+    both_caches = 2 * 2 * 3 * 2 * 8 * 64 * 4  # K and V of 64 rows, ours and the one of generate
+    assert module._memory_bytes(target, 128, [], 0) - alone == both_caches
+    assert module._memory_bytes(target, 64, [], 1) > alone
 
 
 def test_the_table_has_a_line_a_step(config, timings, trainers, capsys):

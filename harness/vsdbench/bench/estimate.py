@@ -6,7 +6,10 @@ emits, are assumed as below and printed with the estimate.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -32,6 +35,10 @@ TAU_UNTRAINED = 1.1
 """Tokens a step assumed for drafters with and without trained weights; low guesses, so time is over-estimated."""
 DRAFT_SHARE = 0.08
 """Drafting time a level of the tree, relative to a target forward."""
+REPORTING_BYTES = 250_000_000
+"""Statistics and figures, and what ``generate`` of transformers keeps."""
+TRAINING_BYTES = 1_000_000_000
+"""Weights, gradients, optimiser and activations of a one-layer drafter; its features come on top."""
 SECONDS_OUTSIDE = 8.0
 """Imports, loading, warm-up and summary."""
 
@@ -39,7 +46,8 @@ SECONDS_OUTSIDE = 8.0
 def estimate(name: str, options: RunOptions, console: Console) -> dict[str, Any]:
     """Return what running a suite would take, as plain JSON data.
 
-    Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds, cached),
+    Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds,
+    cached, bytes of the cache),
     ``seconds`` in all, ``memory_bytes``, ``memory_available_bytes``, ``assumed``.
     """
     suite = open_suite(name, options, console)
@@ -75,7 +83,7 @@ def estimate(name: str, options: RunOptions, console: Console) -> dict[str, Any]
         "methods": methods,
         "training": training,
         "seconds": total + SECONDS_OUTSIDE,
-        "memory_bytes": _memory_bytes(target, context, len(config.drafters)),
+        "memory_bytes": loaded_bytes(target.device) + _memory_bytes(target, context, training, len(config.drafters)),
         "memory_available_bytes": _available_bytes(target.device),
         "assumed": {"answer_fill": ANSWER_FILL, "tau_trained": TAU_TRAINED, "tau_untrained": TAU_UNTRAINED},
     }
@@ -147,21 +155,28 @@ def _training(config: SuiteConfig) -> list[dict[str, Any]]:
         cost = registry.load("vsdbench.trainers", "estimate")(recipe)
         seconds = cost["training_s"] + (0.0 if cost["data_key"] in data_seen else cost["data_s"])
         data_seen.add(cost["data_key"])
-        found.append({"recipe": entry.recipe, "seconds": seconds, "cached": cost["cached"]})
+        found.append({"recipe": entry.recipe, "seconds": seconds, "cached": cost["cached"], "bytes": cost["bytes"]})
     return found
 
 
-def _memory_bytes(target: Target, context: int, num_drafters: int) -> int:
-    """Return weights, caches and the working memory of a prefill, in bytes."""
-    weights = sum(parameter.nbytes for parameter in target.model.parameters())
+def loaded_bytes(device: torch.device) -> int:
+    """Return the most memory this process has needed so far, the target's loading included."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
+def _memory_bytes(target: Target, context: int, training: Sequence[dict[str, Any]], num_drafters: int) -> int:
+    """Return what comes on top of the loaded target: caches, drafters, statistics and figures, and training."""
     config = target.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * target.num_layers * heads * width * context * target.dtype.itemsize
-    drafter = num_drafters * 12 * target.hidden_size * target.hidden_size * target.dtype.itemsize
+    drafter = num_drafters * 24 * target.hidden_size * target.hidden_size * target.dtype.itemsize
     logits = 3 * 64 * target.vocab_size * 4
-    interpreter = 800_000_000  # torch, transformers and scipy, loaded
-    return int(weights + 2 * cache + drafter + logits + interpreter)
+    trained = max((entry["bytes"] + TRAINING_BYTES for entry in training if not entry["cached"]), default=0)
+    return int(2 * cache + drafter + logits + REPORTING_BYTES + trained)
 
 
 def _available_bytes(device: torch.device) -> int:
