@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.models.packed import PackedLinear, can_pack, pack
+from vsdbench.models.packed import PackedLinear, can_pack, pack, product
 from vsdbench.models.target import Target
 
 CPU = torch.device("cpu")
@@ -231,3 +231,15 @@ def test_a_packed_target_agrees_with_the_shipped_model(dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 5e-2
     assert float((state.next_logits - expected[-2]).abs().max()) < tolerance * scale
     assert float((output.logits[0] - expected[-1]).abs().max()) < tolerance * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_is_the_linear_map_of_its_weight_packed_or_not(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=generator).to(dtype)
+    rows = torch.randn(5, 16, generator=generator).to(dtype)
+    result = product(weight)(rows)
+    assert result.shape == (5, 24)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, torch.nn.functional.linear(rows, weight), atol=0.05, rtol=0.02)
+    assert not torch.allclose(product(2 * weight)(rows), result)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.decoding.tree import empty_tree, grow
+from vsdbench.models.packed import product
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model, apply_rotary, rotary
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ class Eagle3Layer:
         self.dtype = dtype
         self.device = model.fc.weight.device
         self.embeddings = model.embeddings.to(dtype)
-        self.fc = cast(model.fc.weight)
-        self.qkv = cast(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        self.out = cast(attention.o_proj.weight)
-        self.gate_up = cast(mlp.gate_proj.weight, mlp.up_proj.weight)
-        self.down = cast(mlp.down_proj.weight)
-        self.head = cast(model.lm_head.weight)
+        self.fc = product(cast(model.fc.weight))
+        self.qkv = product(cast(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        self.out = product(cast(attention.o_proj.weight))
+        self.gate_up = product(cast(mlp.gate_proj.weight, mlp.up_proj.weight))
+        self.down = product(cast(mlp.down_proj.weight))
+        self.head = product(cast(model.lm_head.weight))
         self.norms = [
             cast(norm.weight)
             for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, model.norm)
@@ -76,7 +77,7 @@ class Eagle3Layer:
 
     def project(self, features: Tensor) -> Tensor:
         """Return ``[n, H]``, the layer's input made from ``[n, 3H]`` target features."""
-        return F.linear(features.to(self.dtype), self.fc)
+        return self.fc(features.to(self.dtype))
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, positions: Tensor | slice, row: int, hide: Tensor | None
@@ -94,7 +95,7 @@ class Eagle3Layer:
         count, stop = len(tokens), row + len(tokens)
         groups, width = config.num_key_value_heads, config.head_dim
         embedded = self._norm(F.embedding(tokens, self.embeddings), 0)
-        mixed = F.linear(torch.cat([embedded, self._norm(hidden, 1)], dim=-1), self.qkv).view(count, -1, width)
+        mixed = self.qkv(torch.cat([embedded, self._norm(hidden, 1)], dim=-1)).view(count, -1, width)
         rotated = config.num_attention_heads + groups
         turned = apply_rotary(mixed[:, :rotated], self.cos[positions][:, None], self.sin[positions][:, None])
         self.keys[:, row:stop] = turned[:, config.num_attention_heads :].transpose(0, 1)
@@ -109,13 +110,13 @@ class Eagle3Layer:
         attended = (
             (weights @ self.values[:, :stop]).view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
         )
-        hidden = hidden + F.linear(attended, self.out)
-        gate, up = F.linear(self._norm(hidden, 2), self.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, self.down)
+        hidden = hidden + self.out(attended)
+        gate, up = self.gate_up(self._norm(hidden, 2)).chunk(2, dim=-1)
+        return hidden + self.down(F.silu(gate) * up)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Return ``[n, Vd]`` float32 log-probabilities."""
-        return torch.log_softmax(F.linear(self._norm(hidden, 3), self.head).float(), dim=-1)
+        return torch.log_softmax(self.head(self._norm(hidden, 3)).float(), dim=-1)
 
     def _norm(self, x: Tensor, which: int) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.norms[which], self.config.rms_norm_eps)

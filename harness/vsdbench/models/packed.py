@@ -7,6 +7,8 @@ stays beside it: embeddings are tied to it, and the transformers baseline runs o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -36,10 +38,7 @@ class PackedLinear(nn.Linear):
         learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         if learning or not self.switch.on or input.dtype != self.packed.dtype:
             return linear(input, self.weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001 - what torch.compile uses
-            input, self.packed, self.bias, "none", [], ""
-        )
-        return product
+        return _multiply(input, self.packed, self.bias)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -64,7 +63,29 @@ def pack(model: nn.Module) -> Switch:
         if type(module) is nn.Linear:
             module.__class__ = PackedLinear
             module.switch = switch  # type: ignore[assignment]
-            dense = module.weight.detach()
-            weight = torch.ops.mkldnn._reorder_linear_weight(dense, _ROWS_HINT)  # noqa: SLF001 - as above
-            object.__setattr__(module, "packed", weight)  # neither a parameter nor a buffer: it is never saved
+            # Neither a parameter nor a buffer, so it is never saved.
+            object.__setattr__(module, "packed", _lay_out(module.weight.detach()))
     return switch
+
+
+def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function that maps ``[n, in]`` to ``[n, out]``: packed where that is possible, plain elsewhere.
+
+    Args:
+        weight: ``[out, in]``; it is copied where it is packed, so later changes to it are not seen.
+    """
+    if not can_pack(weight.device, weight.dtype):
+        return lambda rows: linear(rows, weight)
+    packed = _lay_out(weight)
+    return lambda rows: _multiply(rows, packed, None)
+
+
+# The two operations below are what torch.compile itself puts in the place of a frozen linear layer on a CPU.
+def _lay_out(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)  # noqa: SLF001
+    return packed
+
+
+def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
+    return result
