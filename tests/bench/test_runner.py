@@ -29,7 +29,11 @@ class ToyTarget:
 
     def __init__(self):
         self.conversations = []
-        self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
+        self.tokenizer = SimpleNamespace(decode=self.decode)
+
+    @staticmethod
+    def decode(ids, skip_special_tokens):
+        return "".join(chr(i) for i in ids if not (skip_special_tokens and chr(i) == "$"))
 
     def encode_chat(self, messages):
         self.conversations.append([(message["role"], message["content"]) for message in messages])
@@ -156,6 +160,13 @@ def test_later_turns_carry_the_references_answer_for_every_method(bench):
     assert set(map(tuple, prompts.values())) == {tuple(map(ord, "sysabokcdokef"))}
 
 
+def test_special_tokens_of_an_answer_are_not_said_again(bench):
+    run = bench(turns=[("ab", "cd")], repeats=1)
+    run.answers = {name: [ord("o"), ord("$")] for name in NAMES}
+    run.run()
+    assert run.target.conversations[-1] == [("user", "ab"), ("assistant", "o"), ("user", "cd")]
+
+
 def test_without_a_chat_template_the_bare_turn_is_continued(bench):
     run = bench(turns=[("ab", "cd")], repeats=1, chat=False)
     run.target.tokenizer = lambda text: {"input_ids": [ord(letter) for letter in text]}
@@ -217,6 +228,30 @@ def test_resuming_uses_the_stored_answer_of_the_reference(bench):
     second.run()
     assert second.target.conversations[-1] == [("user", "ab"), ("assistant", "ok"), ("user", "cd")]
     assert len(load_outputs(second.store.directory)) == 2
+
+
+def test_the_reference_of_a_resumed_run_is_its_first_repeat_even_where_a_later_one_differs(bench):
+    def stop(progress):
+        if progress.record.turn == 0 and progress.record.method == "autoregressive" and progress.record.repeat == 1:
+            raise KeyboardInterrupt
+
+    first = bench(turns=[("ab", "cd")])
+    first.answers["autoregressive"] = [ord("o"), ord("k")]
+    first.methods[0] = first.method("autoregressive")
+    plain, calls = first.methods[0].run, []
+
+    def changing(prompt, settings):
+        if settings.max_new_tokens != WARMUP_TOKENS:
+            calls.append(prompt)
+            first.answers["autoregressive"] = [ord("o"), ord("k" if len(calls) == 1 else "x")]
+        return plain(prompt, settings)
+
+    object.__setattr__(first.methods[0], "run", changing)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop)
+    second = bench(turns=[("ab", "cd")])
+    second.run()
+    assert second.target.conversations[-1] == [("user", "ab"), ("assistant", "ok"), ("user", "cd")]
 
 
 def test_a_finished_run_decodes_nothing_not_even_a_warm_up(bench):
