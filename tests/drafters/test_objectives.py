@@ -13,9 +13,10 @@ from vsdbench_drafters.objectives.token import (
     CrossEntropy,
     ForwardKL,
     cross_entropy,
+    cross_entropy_rows,
     forward_kl,
-    fused_cross_entropy,
-    fused_soft_cross_entropy,
+    fused,
+    soft_cross_entropy_rows,
     step_weights,
 )
 from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
@@ -61,9 +62,9 @@ def operands():
 
 def test_fused_losses_pass_gradcheck(operands):
     hidden, head, probs, weights = operands
-    assert torch.autograd.gradcheck(lambda h, w: fused_soft_cross_entropy(h, w, probs, weights), (hidden, head))
+    assert torch.autograd.gradcheck(lambda h, w: fused(h, w, probs, weights, soft_cross_entropy_rows), (hidden, head))
     tokens = torch.tensor([0, 3, 6, 2, 2])
-    assert torch.autograd.gradcheck(lambda h, w: fused_cross_entropy(h, w, tokens, weights), (hidden, head))
+    assert torch.autograd.gradcheck(lambda h, w: fused(h, w, tokens, weights, cross_entropy_rows), (hidden, head))
 
 
 def test_plain_losses_pass_gradcheck(operands):
@@ -80,11 +81,11 @@ def test_fused_equals_plain(operands, monkeypatch, chunk_elements):
     hidden, head, probs, _ = operands
     mask = torch.tensor([True, False, True, True, True])
     tokens = torch.tensor([0, 3, 6, 2, 2])
-    for fused, targets, plain in (
-        (fused_soft_cross_entropy, probs, lambda z: forward_kl(z, probs, mask)[0]),
-        (fused_cross_entropy, tokens, lambda z: cross_entropy(z, tokens, mask)),
+    for rows, targets, plain in (
+        (soft_cross_entropy_rows, probs, lambda z: forward_kl(z, probs, mask)[0]),
+        (cross_entropy_rows, tokens, lambda z: cross_entropy(z, tokens, mask)),
     ):
-        loss = fused(hidden, head, targets, mask.double() / mask.sum())
+        loss = fused(hidden, head, targets, mask.double() / mask.sum(), rows)
         reference = plain(hidden @ head.T)
         torch.testing.assert_close(loss, reference)
         ours = torch.autograd.grad(3 * loss, (hidden, head))
@@ -94,7 +95,7 @@ def test_fused_equals_plain(operands, monkeypatch, chunk_elements):
 def test_a_frozen_head_gets_no_gradient(operands):
     hidden, head, probs, weights = operands
     frozen = head.detach()
-    fused_soft_cross_entropy(hidden, frozen, probs, weights).backward()
+    fused(hidden, frozen, probs, weights, soft_cross_entropy_rows).backward()
     assert hidden.grad is not None
     assert frozen.grad is None
 

@@ -1,12 +1,12 @@
 """Token-level objectives: cross-entropy on the target's own tokens, and forward KL to the target's distribution.
 
-Plain functions of logits say what is meant; one fused function computes the same from hidden states and the LM head
-without keeping a ``[rows, vocabulary]`` float32 tensor per step alive, and the tests hold it against the plain ones.
+Plain functions of logits say what is meant; ``fused`` computes the same from hidden states and the LM head without
+keeping a ``[rows, vocabulary]`` float32 tensor per step alive, and the tests hold it against the plain ones.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -62,33 +62,39 @@ def step_weights(num_steps: int, decay: float = 0.8) -> list[float]:
     return [weight / sum(raw) for weight in raw]
 
 
-def fused_soft_cross_entropy(hidden: Tensor, head: Tensor, target_probs: Tensor, row_weights: Tensor) -> Tensor:
-    """Return Σ_r w_r (-Σ_v p log q) with ``q = softmax(hidden @ head.T)``, gradients computed in the same pass.
+RowLosses: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
+"""``(logits [r, Vd], targets) -> (losses [r], d loss / d logits [r, Vd])``; it may overwrite the logits."""
 
-    The gradient of the logits is ``w (q - p)``; computing it in the forward pass needs one sweep over each chunk of
-    logits instead of four, and keeps it only in ``hidden``'s dtype.
+
+def fused(hidden: Tensor, head: Tensor, targets: Tensor, row_weights: Tensor, row_losses: RowLosses) -> Tensor:
+    """Return Σ_r w_r loss_r of the logits ``hidden @ head.T``, gradients computed in the same pass.
+
+    Losses whose gradient is known in closed form need one sweep over each chunk of logits instead of four, and keep
+    only the gradient, in ``hidden``'s dtype.
 
     Args:
         hidden: ``[R, H]``.
         head: ``[Vd, H]``, any floating dtype; multiplied in ``hidden``'s dtype.
-        target_probs: ``[R, Vd]``.
+        targets: ``[R, ...]``, what ``row_losses`` compares the logits with, row by row.
         row_weights: ``[R]``; 0 masks a row.
+        row_losses: The loss.
     """
-    loss: Tensor = _FusedCrossEntropy.apply(hidden, head, target_probs, row_weights)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Fused.apply(hidden, head, targets, row_weights, row_losses)  # type: ignore[no-untyped-call]
     return loss
 
 
-def fused_cross_entropy(hidden: Tensor, head: Tensor, target_tokens: Tensor, row_weights: Tensor) -> Tensor:
-    """Return Σ_r w_r (-log q(y_r)); as ``fused_soft_cross_entropy`` with ``target_tokens`` ``[R]`` int64 ≥ 0."""
-    loss: Tensor = _FusedCrossEntropy.apply(hidden, head, target_tokens, row_weights)  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _FusedCrossEntropy(torch.autograd.Function):
-    """LM head, softmax, (soft) cross-entropy and their gradients, chunk by chunk over the rows."""
+class _Fused(torch.autograd.Function):
+    """LM head, loss and gradients, chunk by chunk over the rows."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(  # noqa: PLR0917 - autograd's form
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        row_weights: Tensor,
+        row_losses: RowLosses,
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.to(hidden.dtype)
             wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -97,7 +103,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             chunk = max(1, _CHUNK_ELEMENTS // len(weight))
             for first in range(0, len(hidden), chunk):
                 rows = slice(first, min(first + chunk, len(hidden)))
-                loss, gradient = _row_losses((hidden[rows] @ weight.T).to(wide), targets[rows])
+                loss, gradient = row_losses((hidden[rows] @ weight.T).to(wide), targets[rows])
                 total += (loss * row_weights[rows]).sum()
                 grad_logits[rows] = gradient.mul_(row_weights[rows, None])
             grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
@@ -106,20 +112,23 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # noqa: ANN401
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) * grad_output if needed else None for needed in ctx.needs_input_grad[:2]]
-        return grads[0], grads[1], None, None
+        return grads[0], grads[1], None, None, None
 
 
-def _row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``([r] losses, [r, Vd] d loss / d logits)``; ``logits`` is overwritten where that saves a copy."""
-    if targets.dim() == 1:
-        log_q = torch.log_softmax(logits, dim=-1)
-        picked = targets[:, None]
-        losses = -log_q.gather(-1, picked)[:, 0]
-        gradient = log_q.exp_()
-        return losses, gradient.scatter_add_(-1, picked, -torch.ones_like(picked, dtype=gradient.dtype))
+def cross_entropy_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses -log q(y) and gradients q - 1[y]; ``targets`` are ``[r]`` int64 draft ids, at least 0."""
+    log_q = torch.log_softmax(logits, dim=-1)
+    picked = targets[:, None]
+    losses = -log_q.gather(-1, picked)[:, 0]
+    gradient = log_q.exp_()
+    return losses, gradient.scatter_add_(-1, picked, -torch.ones_like(picked, dtype=gradient.dtype))
+
+
+def soft_cross_entropy_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses -Σ p log q and gradients q - p; ``targets`` are ``[r, Vd]`` probabilities p."""
     expected = torch.linalg.vecdot(logits, targets.to(logits.dtype))
     normaliser = torch.logsumexp(logits, dim=-1)
     gradient = logits.sub_(normaliser[:, None]).exp_().sub_(targets)
@@ -140,18 +149,25 @@ class CrossEntropy:
         def of_step(step: int, hidden: Tensor) -> Tensor:
             labels = target_view.target_to_draft[batch.labels(step)]
             keep = (batch.mask(step) & (labels >= 0)).float()
-            return fused_cross_entropy(hidden, drafter.lm_head.weight, labels.clamp(min=0), _mean_weights(keep))
+            return fused(hidden, drafter.lm_head.weight, labels.clamp(min=0), mean_weights(keep), cross_entropy_rows)
 
         return _weighted_steps(self.weights, batch, drafter, of_step)
 
 
-class ForwardKL:
-    """Entry point ``kl``: soft cross-entropy to the target's distribution, over ``ttt_steps`` (EAGLE-3)."""
+class DistributionObjective:
+    """Base of the objectives that compare q with the target's distribution p, token by token.
 
-    name = "kl"
+    A subclass says what it compares by ``row_losses``; masks, steps and weights are the same for all of them.
+    """
+
+    name: str
 
     def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8) -> None:
         self.weights = step_weights(ttt_steps, step_weight)
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``([r] losses, [r, Vd] d loss / d logits)`` for ``[r, Vd]`` logits and target probabilities."""
+        raise NotImplementedError
 
     def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
         """Return the weighted mean over the steps."""
@@ -160,9 +176,19 @@ class ForwardKL:
         def of_step(step: int, hidden: Tensor) -> Tensor:
             rows = len(hidden) - step  # row r at this step is held against the target's row r + step
             keep = batch.mask(step)[:rows].float()
-            return fused_soft_cross_entropy(hidden[:rows], drafter.lm_head.weight, probs[step:], _mean_weights(keep))
+            return fused(hidden[:rows], drafter.lm_head.weight, probs[step:], mean_weights(keep), self.row_losses)
 
         return _weighted_steps(self.weights, batch, drafter, of_step)
+
+
+class ForwardKL(DistributionObjective):
+    """Entry point ``kl``: soft cross-entropy to the target's distribution, over ``ttt_steps`` (EAGLE-3)."""
+
+    name = "kl"
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return -Σ p log q, which is the KL plus a constant, and its gradient."""
+        return soft_cross_entropy_rows(logits, targets)
 
 
 def _weighted_steps(
@@ -173,7 +199,7 @@ def _weighted_steps(
     return LossOutput(loss, {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)})
 
 
-def _mean_weights(keep: Tensor) -> Tensor:
+def mean_weights(keep: Tensor) -> Tensor:
     """Return row weights that turn a weighted sum into the mean over the kept rows."""
     return keep / keep.sum().clamp(min=1)
 

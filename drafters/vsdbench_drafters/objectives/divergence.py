@@ -1,0 +1,196 @@
+"""Objectives that compare the drafter's distribution q with the target's p by something else than forward KL.
+
+Each is a plain function of logits and probabilities, written as its paper writes it, and a class that trains with it.
+The classes use closed-form gradients: for a loss with dL/dq = g, dL/dlogits is q (g - Σ q g). The tests hold every
+class against automatic differentiation of its plain function.
+
+Shape legend: R rows, Vd draft vocabulary. p is normalised over the draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vsdbench.errors import ConfigError
+from vsdbench_drafters.objectives.token import DistributionObjective
+
+_TINY = 1e-20
+"""Floor of probabilities inside a logarithm: far below what a float32 softmax gives a token that matters."""
+
+
+def reverse_kl(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Return ``[R]`` Σ q log(q / p) (DistillSpec, arXiv 2310.08461): zero-forcing, q stays where p is.
+
+    >>> reverse_kl(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
+    tensor([0.1438])
+    """
+    return (draft_probs * (_log(draft_probs) - _log(target_probs))).sum(-1)
+
+
+def jensen_shannon(draft_probs: Tensor, target_probs: Tensor, beta: float = 0.5) -> Tensor:
+    """Return ``[R]`` β KL(p ‖ m) + (1 - β) KL(q ‖ m), m = β p + (1 - β) q (DistillSpec, arXiv 2310.08461).
+
+    >>> jensen_shannon(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))  # disjoint: log 2
+    tensor([0.6931])
+    """
+    log_m = _log(beta * target_probs + (1 - beta) * draft_probs)
+    towards_target = (target_probs * (_log(target_probs) - log_m)).sum(-1)
+    return beta * towards_target + (1 - beta) * (draft_probs * (_log(draft_probs) - log_m)).sum(-1)
+
+
+def total_variation(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Return ``[R]`` ½ Σ |p - q| = 1 - Σ min(p, q): one minus the chance that a sampled token is accepted.
+
+    >>> total_variation(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
+    tensor([0.2500])
+    """
+    return 0.5 * (draft_probs - target_probs).abs().sum(-1)
+
+
+def top_k_cross_entropy(draft_probs: Tensor, target_probs: Tensor, k: int = 10) -> Tensor:
+    """Return ``[R]`` -Σ p log q over the k likeliest tokens of p, not renormalised (HASS, arXiv 2408.15766).
+
+    >>> top_k_cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]), k=1)
+    tensor([0.5199])
+    """
+    top = target_probs.topk(min(k, target_probs.shape[-1]), dim=-1)
+    return -(top.values * _log(draft_probs).gather(-1, top.indices)).sum(-1)
+
+
+def log_acceptance(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Return ``[R]`` -log Σ min(p, q), the LK-α loss (arXiv 2602.23881).
+
+    >>> log_acceptance(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
+    tensor([0.2877])
+    """
+    return -_log(torch.minimum(draft_probs, target_probs).sum(-1))
+
+
+def acceptance_mixture(draft_probs: Tensor, target_probs: Tensor, eta: float = 3.0) -> Tensor:
+    """Return ``[R]`` λ KL(p ‖ q) + (1 - λ) TV, λ = exp(-η α), the LK-λ loss (arXiv 2602.23881).
+
+    α = Σ min(p, q) is taken a row and held constant: a token that is rarely accepted learns by KL, one that often is
+    by total variation.
+
+    >>> acceptance_mixture(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
+    tensor([0.2374])
+    """
+    distance = total_variation(draft_probs, target_probs)
+    share = torch.exp(-eta * (1 - distance.detach()))
+    forward = (target_probs * (_log(target_probs) - _log(draft_probs))).sum(-1)
+    return share * forward + (1 - share) * distance
+
+
+class ReverseKL(DistributionObjective):
+    """Entry point ``rkl``: Σ q log(q / p) along the data (DistillSpec, arXiv 2310.08461)."""
+
+    name = "rkl"
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients q (log(q / p) - KL)."""
+        draft = torch.softmax(logits, dim=-1)
+        ratio = _log(draft) - _log(targets.to(draft.dtype))
+        return (draft * ratio).sum(-1), _through_softmax(draft, ratio)
+
+
+class JensenShannon(DistributionObjective):
+    """Entry point ``jsd``: β KL(p ‖ m) + (1 - β) KL(q ‖ m) (DistillSpec, arXiv 2310.08461)."""
+
+    name = "jsd"
+
+    def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8, beta: float = 0.5) -> None:
+        super().__init__(ttt_steps=ttt_steps, step_weight=step_weight)
+        if not 0 < beta < 1:
+            raise ConfigError(f"jsd: beta is {beta}; it must lie between 0 and 1.")
+        self.beta = beta
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients; dL/dq is (1 - β) log(q / m), since the other terms cancel."""
+        draft, target = torch.softmax(logits, dim=-1), targets.to(logits.dtype)
+        mixed = _log(self.beta * target + (1 - self.beta) * draft)
+        return (
+            jensen_shannon(draft, target, self.beta),
+            _through_softmax(draft, (1 - self.beta) * (_log(draft) - mixed)),
+        )
+
+
+class TotalVariation(DistributionObjective):
+    """Entry point ``tvd``: ½ Σ |p - q|, one minus the acceptance of a sampled token (DistillSpec, arXiv 2310.08461)."""
+
+    name = "tvd"
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients; dL/dq is ½ sign(q - p)."""
+        draft = torch.softmax(logits, dim=-1)
+        difference = draft - targets
+        return 0.5 * difference.abs().sum(-1), _through_softmax(draft, 0.5 * difference.sign())
+
+
+class TopK(DistributionObjective):
+    """Entry point ``topk``: -Σ p log q over the target's k likeliest tokens (HASS, arXiv 2408.15766).
+
+    HASS adds it to the loss of EAGLE; of that loss the soft cross-entropy stays here, with HASS's weight 0.1 (EAGLE-3
+    has no feature loss). ``soft_weight: 0`` trains with the top-K term alone.
+    """
+
+    name = "topk"
+
+    def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8, k: int = 10, soft_weight: float = 0.1) -> None:
+        super().__init__(ttt_steps=ttt_steps, step_weight=step_weight)
+        if k < 1 or soft_weight < 0:
+            raise ConfigError(f"topk: k is {k} and soft_weight {soft_weight}; use at least 1 and at least 0.")
+        self.k, self.soft_weight = k, soft_weight
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the soft cross-entropy to p_topk + weight · p, which is both terms in one."""
+        top = targets.topk(min(self.k, targets.shape[-1]), dim=-1)
+        mixed = (self.soft_weight * targets).scatter_add_(-1, top.indices, top.values)
+        log_q = torch.log_softmax(logits, dim=-1)
+        losses = -(mixed * log_q).sum(-1)
+        return losses, log_q.exp_().mul_(mixed.sum(-1, keepdim=True)).sub_(mixed)
+
+
+class LogAcceptance(DistributionObjective):
+    """Entry point ``lk``: LK losses of the acceptance α = Σ min(p, q) (arXiv 2602.23881).
+
+    ``form: alpha`` is -log α; ``form: lambda`` is λ KL + (1 - λ) TV with λ = exp(-η α), α held constant a token.
+    """
+
+    name = "lk"
+
+    def __init__(
+        self,
+        *,
+        ttt_steps: int = 4,
+        step_weight: float = 0.8,
+        form: Literal["alpha", "lambda"] = "lambda",
+        eta: float = 3.0,
+    ) -> None:
+        super().__init__(ttt_steps=ttt_steps, step_weight=step_weight)
+        if form not in {"alpha", "lambda"}:
+            raise ConfigError(f"lk: form is '{form}'; use 'alpha' or 'lambda'.")
+        self.form, self.eta = form, eta
+
+    def row_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients of the chosen form."""
+        draft, target = torch.softmax(logits, dim=-1), targets.to(logits.dtype)
+        if self.form == "alpha":
+            accepted = torch.minimum(draft, target).sum(-1).clamp(min=_TINY)
+            return -accepted.log(), _through_softmax(draft, -(draft < target).to(draft.dtype) / accepted[:, None])
+        difference = draft - target
+        distance = 0.5 * difference.abs().sum(-1)
+        share = torch.exp(-self.eta * (1 - distance))[:, None]
+        gradient = share * difference + (1 - share) * _through_softmax(draft, 0.5 * difference.sign())
+        return acceptance_mixture(draft, target, self.eta), gradient
+
+
+def _through_softmax(draft_probs: Tensor, slope: Tensor) -> Tensor:
+    """Return ``[R, Vd]`` dL/dlogits from dL/dq."""
+    return draft_probs * (slope - (draft_probs * slope).sum(-1, keepdim=True))
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp(min=_TINY).log()
