@@ -241,7 +241,7 @@ def test_tree_forward_on_cuda(family):
 def test_the_families_are_what_transformers_loads():
     assert {type(make_model(family)).__name__ for family in FAMILIES} == {
         "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM",
-        "Olmo2ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+        "Olmo2ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
     }  # fmt: skip
 
 
