@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vsdbench.config import Config, parse
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3_files import check_fits, read_tensors, write_tensors
+from vsdbench_drafters.architectures.layers import RMSNorm, apply_rotary, rotary
 from vsdbench_drafters.objectives.base import DraftBatch
 
 if TYPE_CHECKING:
@@ -115,20 +116,6 @@ class Eagle3Config(Config):
         }
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 whatever the autocast dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normed ``x``, in its own dtype."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
 class _Attention(nn.Module):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -165,16 +152,57 @@ class _MidLayer(nn.Module):
 
 @dataclass(slots=True)
 class DraftContext:
-    """What the training-time test remembers of a batch: keys and values of step 0, then the diagonal of each step."""
+    """What the training-time test remembers of a batch: keys and values of step 0, then the diagonal of each step.
+
+    Attributes:
+        batch: The batch.
+        hidden: ``[R, H]`` outputs that recur in the next step (``[N, H]`` projected features before step 0).
+        keys: ``[N, G, D]`` of step 0 at every slot, the prompt's included. ``values``: likewise.
+        slots: ``[R]`` int64, flat slot index of every row.
+        positions: ``[R]`` int64, the same relative to the row's sequence.
+        spans: ``(start, keys, rows)`` of every sequence that has rows: its first token, how many keys of step 0 it
+            has, and which rows are its own.
+        masks: ``[rows, keys]`` bool of every span: keys behind the row's own slot.
+        diagonal_keys: ``[R, G, D]`` of every later step. ``diagonal_values``: likewise.
+    """
 
     batch: DraftBatch
     hidden: Tensor
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
     positions: Tensor
+    spans: list[tuple[int, int, slice]]
     masks: list[Tensor]
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    started: bool = False
     diagonal_keys: list[Tensor] = field(default_factory=list)
     diagonal_values: list[Tensor] = field(default_factory=list)
+
+    def select(self, rows: Tensor) -> DraftContext:
+        """Return a context of these rows, ``[n]`` int64, repeats allowed, those of one sequence standing together.
+
+        Both contexts go on independently; where paths branch, the rows of a level name their parents' rows.
+        """
+        spans, masks, first = [], [], 0
+        for (start, length, own), mask in zip(self.spans, self.masks, strict=True):
+            mine = rows[(rows >= own.start) & (rows < own.stop)] - own.start
+            if len(mine):
+                spans.append((start, length, slice(first, first + len(mine))))
+                masks.append(mask[mine])
+                first += len(mine)
+        return DraftContext(
+            self.batch,
+            self.hidden[rows] if self.started else self.hidden,
+            self.keys,
+            self.values,
+            self.slots[rows],
+            self.positions[rows],
+            spans,
+            masks,
+            self.started,
+            [key[rows] for key in self.diagonal_keys],
+            [value[rows] for value in self.diagonal_values],
+        )
 
 
 class Eagle3Model(nn.Module):
@@ -243,25 +271,22 @@ class Eagle3Model(nn.Module):
     # ---- training-time test ----
 
     def start(self, batch: DraftBatch) -> DraftContext:
-        """Return the context of a batch, before any step."""
+        """Return the context of a batch's rows before any step, keys and values of step 0 included."""
         hidden = self.fc(batch.features.to(self.fc.weight.dtype))
-        masks, positions = [], []
+        keys, values = self._prefix(batch, hidden)
+        spans, masks, positions = [], [], []
         for span in batch.spans:
             slots = torch.arange(span.first_slot, span.length - 2, device=hidden.device)
-            keys = torch.arange(span.length - 2, device=hidden.device)
-            masks.append(keys[None] > slots[:, None])
+            every = torch.arange(span.length - 2, device=hidden.device)
+            masks.append(every[None] > slots[:, None])
             positions.append(slots)
-        return DraftContext(batch, hidden, torch.cat(positions), masks)
+            spans.append((span.start, span.length - 2, slice(span.first_row, span.first_row + span.num_rows)))
+        return DraftContext(batch, hidden, keys, values, batch.slots, torch.cat(positions), spans, masks)
 
     def advance(self, context: DraftContext, tokens: Tensor) -> Tensor:
         """Run one step with ``[R]`` input tokens; return ``[R, H]`` un-normed outputs, which recur in the next step."""
-        layer, batch = self.midlayer, context.batch
-        first = context.keys is None
-        if first:
-            self._remember_prefix(context)
-            hidden = context.hidden[batch.slots]
-        else:
-            hidden = context.hidden
+        layer, first = self.midlayer, not context.started
+        hidden = context.hidden[context.slots] if first else context.hidden
         x = torch.cat([layer.input_layernorm(self._embed(tokens, hidden)), layer.hidden_norm(hidden)], dim=-1)
         positions = context.positions + len(context.diagonal_keys) + (0 if first else 1)
         queries = self._rotate(layer.self_attn.q_proj(x), positions)
@@ -270,21 +295,22 @@ class Eagle3Model(nn.Module):
             context.diagonal_values.append(layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim))
         hidden = hidden + layer.self_attn.o_proj(self._attend(context, queries))
         context.hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        context.started = True
         return context.hidden
 
     def _embed(self, tokens: Tensor, like: Tensor) -> Tensor:
         return F.embedding(tokens, self.embeddings).to(like.dtype)
 
-    def _remember_prefix(self, context: DraftContext) -> None:
-        """Compute keys and values of step 0 at every slot, the prompt's included."""
-        layer, batch, hidden = self.midlayer, context.batch, context.hidden
+    def _prefix(self, batch: DraftBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of step 0 at every slot, ``[N, G, D]`` each."""
+        layer = self.midlayer
         following = torch.roll(batch.tokens, -1)  # the last slot of a sequence is wrong here, and never attended to
         x = torch.cat([layer.input_layernorm(self._embed(following, hidden)), layer.hidden_norm(hidden)], dim=-1)
         positions = torch.zeros(len(batch.tokens), dtype=torch.int64, device=hidden.device)
         for span in batch.spans:
             positions[span.start : span.start + span.length] = torch.arange(span.length, device=hidden.device)
-        context.keys = self._rotate(layer.self_attn.k_proj(x), positions)
-        context.values = layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim)
+        values = layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim)
+        return self._rotate(layer.self_attn.k_proj(x), positions), values
 
     def _rotate(self, flat: Tensor, positions: Tensor) -> Tensor:
         """Return ``[n, heads, D]`` with the rotary embedding of ``positions`` applied."""
@@ -293,29 +319,21 @@ class Eagle3Model(nn.Module):
 
     def _attend(self, context: DraftContext, queries: Tensor) -> Tensor:
         """Return ``[R, A * D]``: attention to step 0's keys up to the own slot, and to the own later steps."""
-        assert context.keys is not None
-        assert context.values is not None
         groups, width = self.config.num_key_value_heads, self.config.head_dim
         grouped = queries.view(len(queries), groups, -1, width) * width**-0.5  # [R, G, A/G, D]
         own_scores = [(grouped * key[:, :, None]).sum(-1) for key in context.diagonal_keys]
         own = torch.stack(own_scores, dim=-1) if own_scores else None  # [R, G, A/G, steps]
         outputs, own_weights = [], []
-        for span, mask in zip(context.batch.spans, context.masks, strict=True):
-            rows = slice(span.first_row, span.first_row + span.num_rows)
-            prefix = slice(span.start, span.start + span.length - 2)
+        for (start, length, rows), mask in zip(context.spans, context.masks, strict=True):
+            prefix, count = slice(start, start + length), rows.stop - rows.start
             query = grouped[rows].permute(1, 2, 0, 3).flatten(1, 2)  # [G, A/G * r, D]
             keys, values = context.keys[prefix].transpose(0, 1), context.values[prefix].transpose(0, 1)
-            scores = (query @ keys.transpose(1, 2)).view(
-                groups, -1, span.num_rows, span.length - 2
-            )  # [G, A/G, r, prefix]
+            scores = (query @ keys.transpose(1, 2)).view(groups, -1, count, length)  # [G, A/G, r, prefix]
             scores = scores.masked_fill(mask, -torch.inf)
             if own is not None:
                 scores = torch.cat([scores, own[rows].permute(1, 2, 0, 3)], dim=-1)
             weights = torch.softmax(scores, dim=-1)
-            length = span.length - 2
-            mixed = (weights[..., :length].to(values.dtype).flatten(1, 2) @ values).view(
-                groups, -1, span.num_rows, width
-            )
+            mixed = (weights[..., :length].to(values.dtype).flatten(1, 2) @ values).view(groups, -1, count, width)
             outputs.append(mixed.permute(2, 0, 1, 3))
             own_weights.append(weights[..., length:].permute(2, 0, 1, 3))
         mixed_all = torch.cat(outputs)
@@ -351,20 +369,6 @@ class Eagle3Model(nn.Module):
         if missing:
             raise ConfigError(f"checkpoint '{folder}' lacks the tensor '{missing[0]}', which EAGLE-3 needs.")
         return model.to(target.device)
-
-
-def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin ``[n, width]`` of the rotary embedding (halves, as in Llama), computed in float32."""
-    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    angles = positions.float()[:, None] * theta**-exponent
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return ``x`` ``[..., D]`` rotated."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
 def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> Eagle3Drafter:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from vsdbench.decoding.tree import empty_tree, grow
 from vsdbench.models.packed import product
-from vsdbench_drafters.architectures.eagle3 import Eagle3Model, apply_rotary, rotary
+from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
