@@ -15,6 +15,7 @@ import torch
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.objectives.token import ForwardKL
+from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.training import features as features_module
 from vsdbench_drafters.training import train as train_module
 from vsdbench_drafters.training.features import (
@@ -33,15 +34,15 @@ from vsdbench_drafters.training.recipe import RecipeConfig, TrainingConfig
 IDS = torch.arange(3, 60)
 
 
-def make_loop(target, sequences, folder, **changes):
+def make_loop(target, sequences, folder, *, objective=None, **changes):
     config = TrainingConfig(**({"epochs": 4, "batch_tokens": 8, "lr": 3e-3, "seed": 2} | changes))
     model = Eagle3Model.from_target(target, IDS, seed=config.seed)
     head = target.model.get_output_embeddings().weight
-    maker = BatchMaker(sequences, OnlineFeatures(target, sequences), head, model)
+    maker = BatchMaker(sequences, OnlineFeatures(target, sequences), head, model, target)
     heldout = HeldOut(maker, [[0, 1], [2]])
     return TrainingLoop(
         model=model,
-        objective=ForwardKL(ttt_steps=2),
+        objective=objective or ForwardKL(ttt_steps=2),
         maker=maker,
         heldout=heldout,
         config=config,
@@ -85,6 +86,31 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path, toy_target,
         assert torch.equal(tensor, weights(resumed)[name]), name
         frozen = changes.get("head_lr") == 0 and name == "lm_head.weight"
         assert torch.equal(tensor, first[name]) == frozen, name
+
+
+def test_a_training_that_draws_paths_resumes_bitwise_too(tmp_path, toy_target, toy_sequences):
+    """Draws depend on the batch alone, and an E-step that serves two M-steps is never cut in half."""
+
+    def loop(folder):
+        objective = VSD(ttt_steps=2, anchors=2, paths=3, depth=2, m_steps=2)
+        return make_loop(toy_target, toy_sequences, tmp_path / folder, objective=objective)
+
+    whole = loop("whole")
+    end = whole.run()
+
+    def stop(progress):
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop("cut").run(report=stop)
+    resumed, steps = loop("cut"), []
+    assert resumed.run(report=lambda progress: steps.append(progress.step)) == end
+    assert steps[0] == 7, "the second M-step of the round was made before it stopped"
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+    entry = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert {"train_elbo", "train_ess", "train_path_acceptance_1", "train_brier", "train_loss_paths"} <= set(entry)
 
 
 def test_without_resume_training_starts_again(tmp_path, toy_target, toy_sequences):

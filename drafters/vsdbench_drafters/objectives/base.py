@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+    from vsdbench_drafters.architectures.eagle3 import DraftContext, Eagle3Model
+    from vsdbench_drafters.objectives.paths import BranchingTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class DraftBatch:
         spans: The sequences, in packed order.
         slots: ``[R]`` int64, flat slot index of every row.
         ends: ``[R]`` int64, flat index just behind the last token of the row's sequence.
+        seed: For whatever an objective draws; the loop gives each batch of a training its own.
     """
 
     tokens: Tensor
@@ -61,9 +63,12 @@ class DraftBatch:
     spans: tuple[Span, ...]
     slots: Tensor
     ends: Tensor
+    seed: int = 0
 
     @classmethod
-    def pack(cls, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], features: Tensor) -> DraftBatch:
+    def pack(
+        cls, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], features: Tensor, *, seed: int = 0
+    ) -> DraftBatch:
         """Return the batch of these sequences; ``features`` are ``[N, 3H]`` in the same order.
 
         A sequence without a response token to predict contributes no row.
@@ -88,6 +93,7 @@ class DraftBatch:
             tuple(spans),
             torch.cat([empty, *slots]).to(device),
             torch.cat([empty, *ends]).to(device),
+            seed,
         )
 
     @property
@@ -119,11 +125,15 @@ class TargetView:
         hidden: ``[R, H_target]``, the target's last normed hidden states at position t + 1 of every row.
         head: ``[Vd, H_target]``, the rows of the target's LM head that the draft vocabulary keeps.
         target_to_draft: ``[V]`` int64, the draft id of every target id, -1 where there is none.
+        full_head: ``[V, H_target]``, the whole LM head.
+        target: The target itself, for objectives that ask it about drafted tokens; None where nothing may.
     """
 
     hidden: Tensor
     head: Tensor
     target_to_draft: Tensor
+    full_head: Tensor | None = None
+    target: BranchingTarget | None = None
     _probs: Tensor | None = field(default=None, repr=False)
 
     def probs(self) -> Tensor:
@@ -153,8 +163,13 @@ class Objective(Protocol):
         """Return the mean loss of a batch."""
 
 
-def unroll(drafter: Eagle3Model, batch: DraftBatch, num_steps: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``(step, hidden [R, H])``, the normed outputs of the training-time test along the data's own tokens."""
-    context = drafter.start(batch)
+def unroll(
+    drafter: Eagle3Model, batch: DraftBatch, num_steps: int, context: DraftContext | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(step, hidden [R, H])``, the normed outputs of the training-time test along the data's own tokens.
+
+    A caller that wants to branch off passes the context that ``drafter.start`` gave it.
+    """
+    context = context or drafter.start(batch)
     for step in range(num_steps):
         yield step, drafter.norm(drafter.advance(context, batch.inputs(step)))

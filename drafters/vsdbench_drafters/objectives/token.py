@@ -174,11 +174,23 @@ class DistributionObjective:
         probs = target_view.probs()
 
         def of_step(step: int, hidden: Tensor) -> Tensor:
-            rows = len(hidden) - step  # row r at this step is held against the target's row r + step
-            keep = batch.mask(step)[:rows].float()
-            return fused(hidden[:rows], drafter.lm_head.weight, probs[step:], mean_weights(keep), self.row_losses)
+            return self.step_loss(step, hidden, batch, drafter, probs)
 
         return _weighted_steps(self.weights, batch, drafter, of_step)
+
+    def step_loss(self, step: int, hidden: Tensor, batch: DraftBatch, drafter: Eagle3Model, probs: Tensor) -> Tensor:
+        """Return the mean over the kept rows of one step.
+
+        Args:
+            step: The step.
+            hidden: ``[R, H]`` the drafter's normed outputs there.
+            batch: The batch.
+            drafter: Whose LM head is applied.
+            probs: ``[R, Vd]`` of the target; row r at this step is held against its row r + step.
+        """
+        rows = len(hidden) - step
+        keep = batch.mask(step)[:rows].float()
+        return fused(hidden[:rows], drafter.lm_head.weight, probs[step:], mean_weights(keep), self.row_losses)
 
 
 class ForwardKL(DistributionObjective):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vsdbench.models.target import Target
     from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+    from vsdbench_drafters.objectives.paths import BranchingTarget
 
 _PASS_TOKENS = 2048  # tokens of one target forward
 
@@ -191,17 +192,24 @@ class BatchMaker:
         source: Their features.
         head: ``[V, H]`` the target's LM head.
         drafter: Gives the draft vocabulary.
+        target: For objectives that ask the target about drafted tokens; None where none does.
     """
 
     sequences: Sequence[Sequenced]
     source: FeatureSource
     head: Tensor
     drafter: Eagle3Model
+    target: BranchingTarget | None = None
     _draft_head: Tensor | None = field(default=None, repr=False)
     _table: Tensor | None = field(default=None, repr=False)
 
-    def make(self, indices: Sequence[int]) -> tuple[DraftBatch, TargetView]:
-        """Return the packed batch of these sequences and the target's view of its rows."""
+    def make(self, indices: Sequence[int], *, seed: int = 0) -> tuple[DraftBatch, TargetView]:
+        """Return the packed batch of these sequences and the target's view of its rows.
+
+        Args:
+            indices: The sequences.
+            seed: For what an objective draws.
+        """
         if self._draft_head is None or self._table is None:
             self._draft_head = self.head.detach()[self.drafter.draft_ids].clone()
             self._table = self.drafter.target_to_draft
@@ -209,8 +217,10 @@ class BatchMaker:
         chosen = [self.sequences[i] for i in indices]
         ids = [[int(token) for token in sequence.ids] for sequence in chosen]
         width = states.shape[-1] // 4
-        batch = DraftBatch.pack(ids, [sequence.prompt_len for sequence in chosen], states[:, : 3 * width])
-        return batch, TargetView(states[batch.slots + 1, 3 * width :], self._draft_head, self._table)
+        prompt_lens = [sequence.prompt_len for sequence in chosen]
+        batch = DraftBatch.pack(ids, prompt_lens, states[:, : 3 * width], seed=seed)
+        rows = states[batch.slots + 1, 3 * width :]
+        return batch, TargetView(rows, self._draft_head, self._table, self.head, self.target)
 
 
 def plan_batches(num_rows: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:

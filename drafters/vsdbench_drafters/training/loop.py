@@ -1,11 +1,13 @@
 """The training loop: batches in a fixed order, a loss, an optimiser, checkpoints.
 
-The data order depends on seed and epoch alone and nothing else draws random numbers, so a training that continues
-from a checkpoint ends bitwise where an uninterrupted one does. A first Ctrl-C lets the current step finish and saves.
+The data order depends on seed and epoch alone, and what an objective draws depends on the seed of its batch, so a
+training that continues from a checkpoint ends bitwise where an uninterrupted one does. A first Ctrl-C lets the current
+step finish and saves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import threading
@@ -84,15 +86,24 @@ class TrainingLoop:
         self._steps = self._plan(rows)
         self._rows = rows
         self._metrics: dict[str, float] = {}
+        self._sums: dict[str, list[float]] = {}
 
     def _plan(self, rows: list[int]) -> list[list[list[int]]]:
-        """Return the batches of every optimiser step of the whole training."""
-        config = self._config
+        """Return the batches of every optimiser step of the whole training.
+
+        An objective with several M-steps an E-step is given the same batches so many times in a row.
+        """
+        config, repeats = self._config, getattr(self._objective, "m_steps", 1)
         steps: list[list[list[int]]] = []
         for epoch in range(config.epochs):
             batches = plan_batches(rows, config.batch_tokens, seed=config.seed, epoch=epoch)
-            steps += [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
+            groups = [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
+            steps += [group for group in groups for _ in range(repeats)]
         return steps
+
+    def _whole_round(self, step: int) -> bool:
+        """Whether no E-step is under way after so many steps: only then can a training be resumed exactly."""
+        return step % int(getattr(self._objective, "m_steps", 1)) == 0
 
     @property
     def num_steps(self) -> int:
@@ -123,6 +134,8 @@ class TrainingLoop:
                     self._log(step + 1, tokens, loss)
                 progress = Progress(step + 1, self.num_steps, tokens, loss, self._metrics)
                 report(progress)
+                if not self._whole_round(step + 1):
+                    continue
                 if interrupted.is_set() or time.monotonic() - saved > self._config.checkpoint_s:
                     self._save(step + 1)
                     saved = time.monotonic()
@@ -134,12 +147,18 @@ class TrainingLoop:
         """Do one optimiser step; return the mean loss of its batches."""
         batches = self._steps[step]
         total = 0.0
-        for indices in batches:
-            batch, view = self._maker.make(indices)
+        repeats = int(getattr(self._objective, "m_steps", 1))
+        for number, indices in enumerate(batches):
+            seed = batch_seed(self._config.seed, step // repeats, number)
+            batch, view = self._maker.make(indices, seed=seed)
             with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
                 output = self._objective.loss(batch, self.model, view)
             (output.loss / len(batches)).backward()  # type: ignore[no-untyped-call]
             total += float(output.loss.detach()) / len(batches)
+            for name, value in output.metrics.items():
+                sums = self._sums.setdefault(name, [0.0, 0.0])
+                sums[0] += float(value)
+                sums[1] += 1
         torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.clip)
         config = self._config
         self._optimisers.step(lr_scale(step, self.num_steps, warmup=config.warmup, schedule=config.schedule))
@@ -185,10 +204,22 @@ class TrainingLoop:
         return step
 
     def _log(self, step: int, tokens: int, loss: float) -> None:
-        entry: dict[str, Any] = {"step": step, "tokens": tokens, "loss": loss, **self._metrics}
+        means = {f"train_{name}": total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        entry: dict[str, Any] = {"step": step, "tokens": tokens, "loss": loss, **self._metrics, **means}
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def batch_seed(seed: int, step: int, number: int) -> int:
+    """Return the seed of the ``number``-th batch of an optimiser step: 63 bits that no other batch shares.
+
+    >>> batch_seed(0, 1, 0) != batch_seed(0, 0, 1)
+    True
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 @contextmanager

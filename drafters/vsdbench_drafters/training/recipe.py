@@ -9,9 +9,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from vsdbench import registry
-from vsdbench.config import Config, load_yaml, parse
+from vsdbench.config import Config, apply_override, load_yaml, parse
 from vsdbench.errors import ConfigError
 from vsdbench.paths import find_data
+from vsdbench.suites.schema import TreeConfig
+from vsdbench_drafters.training.contest import check_fresh, member, split_name
 from vsdbench_drafters.training.data import DataConfig
 
 
@@ -91,6 +93,26 @@ class TrainingConfig(Config):
         return self
 
 
+class EvaluationConfig(Config):
+    """How a training is judged on held-out prompts: by decoding them, with the drafter as it is then.
+
+    Attributes:
+        prompts: Held-out prompts decoded at every evaluation.
+        max_new_tokens: Of each.
+        times: Evaluations over the training, the last one at its end.
+        tree: The tree that is sent.
+        temperature: 0: greedy; otherwise the sampled text of the baseline is reproduced (rule ``coupled``).
+        select: ``best``: keep the weights of the evaluation with the highest tau; ``last``: those of the end.
+    """
+
+    prompts: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=64, ge=2)
+    times: int = Field(default=4, ge=1)
+    tree: TreeConfig = TreeConfig()
+    temperature: float = Field(default=0.0, ge=0)
+    select: Literal["best", "last"] = "best"
+
+
 class RecipeConfig(Config):
     """One drafter: target, architecture, objective, data, training.
 
@@ -99,6 +121,8 @@ class RecipeConfig(Config):
         version: Raised whenever the recipe changes what it trains.
         description: One sentence for the list.
         target: Target name or folder.
+        warm_start: A recipe whose drafter this training goes on from; it is trained first if it is not there.
+        evaluation: Decode held-out prompts during training, and select by what they show; None: by no means.
     """
 
     name: str
@@ -109,26 +133,47 @@ class RecipeConfig(Config):
     objective: ObjectiveConfig
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    warm_start: str | None = None
+    evaluation: EvaluationConfig | None = None
 
     def content(self) -> dict[str, Any]:
-        """Return what determines the weights: without names, words, and what only changes the speed."""
-        content = self.model_dump(mode="json", exclude={"name", "version", "description", "target"})
+        """Return what determines the weights: without names, words, and what only changes the speed.
+
+        The warm start's own content is not part of it: ``drafter_key`` adds that.
+        """
+        content = self.model_dump(mode="json", exclude={"name", "version", "description", "target", "warm_start"})
+        if self.evaluation is None:
+            del content["evaluation"]
         del content["training"]["features"], content["training"]["checkpoint_s"], content["data"]["slots"]
         return content
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RecipeConfig:
-    """Return a recipe by name or path, ``key=value`` overrides applied.
+    """Return a recipe by name or path, ``key=value`` overrides applied; ``NAME:ARM@SEED`` is a member of a contest.
 
     Raises:
         ConfigError: No such recipe, or it is not valid.
     """
-    path = find_data("recipes", name_or_path)
-    recipe = parse(RecipeConfig, load_yaml(path, overrides), where=str(path))
-    known = registry.names("vsdbench.objectives")
-    if recipe.objective.type not in known:
-        registry.load("vsdbench.objectives", recipe.objective.type)  # raises, with the closest name
+    base, arm, seed = split_name(name_or_path)
+    path = find_data("recipes", base)
+    raw = member(load_yaml(path), arm, seed, str(base))
+    for change in overrides:
+        apply_override(raw, change)
+    recipe = parse(RecipeConfig, raw, where=str(path))
+    check_recipe(recipe, str(path))
     return recipe
+
+
+def check_recipe(recipe: RecipeConfig, where: str) -> None:
+    """Check what a schema cannot: that the objective exists and takes its options, and the warm start is sound.
+
+    Raises:
+        ConfigError: The first thing that is wrong.
+    """
+    make_objective(recipe.objective)
+    if recipe.warm_start is not None:
+        warm = load_recipe(recipe.warm_start)
+        check_fresh(recipe, warm, where)
 
 
 def make_objective(config: ObjectiveConfig) -> Any:  # noqa: ANN401 - any class that follows the Objective protocol

@@ -183,7 +183,7 @@ def _run(
     config = recipe.training
     model = Eagle3Model.from_target(target, vocabulary, seed=config.seed)
     head = target.model.get_output_embeddings().weight
-    train_maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model)
+    train_maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
     heldout_maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
     rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.heldout]
     heldout = HeldOut(heldout_maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None

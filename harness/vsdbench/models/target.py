@@ -207,6 +207,22 @@ class Target:
         logits = self.forward(ids, positions, visible, key_positions, state.cache)
         return TargetOutput(logits, self._features())
 
+    @torch.inference_mode()
+    def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Return ``[n, H]`` last normed hidden states of n tokens in one forward without a cache.
+
+        Args:
+            ids: ``[n]`` token ids: a sequence, and branches that continue it in any places.
+            positions: ``[n]`` positions.
+            visible: ``[n, n]`` bool: which of these tokens each one attends to.
+        """
+        mask = self._masks(positions, visible, positions)
+        output = self.model.get_decoder()(
+            input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False
+        )
+        states: Tensor = output.last_hidden_state[0]
+        return states
+
     def forward(
         self,
         ids: Tensor,

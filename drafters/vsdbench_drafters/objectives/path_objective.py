@@ -1,0 +1,118 @@
+"""Base of the objectives that learn from the drafter's own paths: propose, score, and the anchor loss beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from vsdbench.errors import ConfigError
+from vsdbench_drafters.objectives.base import DraftBatch, TargetView, unroll
+from vsdbench_drafters.objectives.paths import (
+    Paths,
+    Scores,
+    Trie,
+    draft_probs,
+    join,
+    oracle,
+    sample_paths,
+    target_probs,
+    tree_paths,
+)
+from vsdbench_drafters.objectives.token import ForwardKL
+
+if TYPE_CHECKING:
+    from vsdbench_drafters.architectures.eagle3 import DraftContext, Eagle3Model
+
+Proposals = Literal["sampled", "tree", "mixed"]
+
+
+class PathObjective(ForwardKL):
+    """Base of the objectives that learn from the drafter's own paths, beside or in place of the data's.
+
+    Args:
+        ttt_steps: Steps of training-time test of the anchor loss.
+        step_weight: Weight of its step i is ``step_weight**i``.
+        anchor: ``kl``: the soft cross-entropy of EAGLE-3 on the data; ``off``: none.
+        anchors: Anchor positions a sequence.
+        paths: S, proposals an anchor (leaves of a tree come on top of that where ``proposals`` is ``mixed``).
+        depth: L, tokens a path.
+        proposals: ``sampled`` from q, ``tree``: the leaves that decoding's dynamic tree would send, or both.
+        tree_budget: Nodes of that tree.
+        tree_top_k: Children scored a node.
+    """
+
+    def __init__(
+        self,
+        *,
+        ttt_steps: int = 4,
+        step_weight: float = 0.8,
+        anchor: Literal["kl", "off"] = "kl",
+        anchors: int = 16,
+        paths: int = 8,
+        depth: int = 4,
+        proposals: Proposals = "sampled",
+        tree_budget: int = 15,
+        tree_top_k: int = 4,
+    ) -> None:
+        super().__init__(ttt_steps=ttt_steps, step_weight=step_weight)
+        for option, value in (("anchors", anchors), ("paths", paths), ("depth", depth), ("tree_budget", tree_budget)):
+            if value < 1:
+                raise ConfigError(f"{self.name}: {option} is {value}; use at least 1.")
+        check_choice(self.name, "anchor", anchor, ("kl", "off"))
+        check_choice(self.name, "proposals", proposals, ("sampled", "tree", "mixed"))
+        self.anchor, self.proposals = anchor, proposals
+        self.num_anchors, self.num_paths, self.depth = anchors, paths, depth
+        self.tree_budget, self.tree_top_k = tree_budget, tree_top_k
+
+    def walk(
+        self, batch: DraftBatch, drafter: Eagle3Model, view: TargetView, anchors: Tensor
+    ) -> tuple[list[Tensor], DraftContext]:
+        """Return the anchor loss's terms, none where it is off, and the anchors' context at step 0."""
+        context = drafter.start(batch)
+        terms: list[Tensor] = []
+        branch: DraftContext | None = None
+        for step, hidden in unroll(drafter, batch, len(self.weights), context):
+            if branch is None:
+                branch = context.select(anchors)
+                if self.anchor == "off":
+                    break
+            terms.append(self.step_loss(step, hidden, batch, drafter, view.probs()))
+        assert branch is not None
+        return terms, branch
+
+    def propose(self, drafter: Eagle3Model, context: DraftContext, generator: torch.Generator) -> Paths:
+        """Return proposals of the drafter as it is now."""
+        found = []
+        if self.proposals != "tree":
+            count = self.num_paths if self.proposals == "sampled" else max(1, self.num_paths // 2)
+            found.append(sample_paths(drafter, context, count, self.depth, generator))
+        if self.proposals != "sampled":
+            found.append(tree_paths(drafter, context, budget=self.tree_budget, top_k=self.tree_top_k, depth=self.depth))
+        return found[0] if len(found) == 1 else join(*found)
+
+    def score(  # noqa: PLR0917 - what both models need to know
+        self, batch: DraftBatch, drafter: Eagle3Model, view: TargetView, anchors: Tensor, trie: Trie, hidden: Tensor
+    ) -> Scores:
+        """Return both models' distributions in every context; ``hidden`` are the drafter's ``[M, H]`` outputs."""
+        if view.target is None or view.full_head is None:
+            raise ConfigError(f"objective '{self.name}' asks the target about drafted tokens, and has none to ask.")
+        below = oracle(batch, anchors, trie, drafter.draft_ids, view.target)
+        states = torch.cat([view.hidden[anchors], below.to(view.hidden.dtype)]) if len(below) else view.hidden[anchors]
+        probs, choices = target_probs(states, view.full_head, drafter.draft_ids)
+        return Scores(draft_probs(drafter, hidden.detach()), probs, view.target_to_draft[choices])
+
+    def anchor_loss(self, terms: list[Tensor]) -> Tensor | float:
+        """Return the weighted sum of the anchor loss's terms."""
+        return sum((weight * term for weight, term in zip(self.weights, terms, strict=False)), start=0.0)
+
+
+def check_choice(objective: str, option: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse an option's value that is not known.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if value not in known:
+        raise ConfigError(f"{objective}: {option} is '{value}'; use {', '.join(known)}.")
