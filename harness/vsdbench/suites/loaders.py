@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from vsdbench.errors import ConfigError, EnvironmentProblemError, did_you_mean
 from vsdbench.models.hub import HubUnreachableError, commit_of, hub_errors
 from vsdbench.models.wheels import WheelFile, fetch
 from vsdbench.paths import cache_dir, locate
+from vsdbench.suites.articles import part_of, whole_sentences
 from vsdbench.suites.prompts import Prompt, make_prompt, prompt_hash, prompts_sha256, stratified
 from vsdbench.suites.schema import (
     FileFormat,
@@ -26,13 +27,14 @@ from vsdbench.suites.schema import (
     JsonlSource,
     SourceBase,
     SuiteConfig,
+    Variant,
     WheelSource,
     template_columns,
 )
 
 Row = Mapping[str, Any]
 
-EVALUATION_SUITES = ("mtbench", "humaneval", "gsm8k")
+EVALUATION_SUITES = ("mtbench", "humaneval", "gsm8k", "grounded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,7 @@ def load_suite(
 
 def _check_ids(prompts: Sequence[Prompt], path: Path) -> None:
     if not prompts:
-        raise ConfigError(f"{path}: the suite has no prompts; its sources must have at least one row.")
+        raise ConfigError(f"{path}: the suite has no prompts; its sources must have at least one row that is used.")
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
@@ -139,8 +141,7 @@ def _load_source(
     is used only where there is no such copy.
     """
     try:
-        rows = _rows(source, folder=folder, progress=progress)
-        prompts = [_prompt(source, row, number) for number, row in enumerate(rows)]
+        prompts = [prompt for prompt, _ in _prompts(source, _rows(source, folder=folder, progress=progress))]
     except HubUnreachableError as error:
         if not isinstance(source, HubSource):
             raise
@@ -266,14 +267,39 @@ def _as_row(value: object, where: str) -> Row:
     return value
 
 
-def _prompt(source: SourceBase, row: Row, number: int) -> Prompt:
-    """Return the prompt that a row is."""
+def _prompts(source: SourceBase, rows: Iterable[Row]) -> Iterator[tuple[Prompt, list[str]]]:
+    """Yield the prompt of every row that is used, with the bare texts of its row."""
+    used = 0
+    for number, row in enumerate(rows):
+        if not _is_used(source, row):
+            continue
+        bare = [_text(source, row, source.fields.prompt)] if source.fields.prompt else _turns(source, row)
+        variant = source.variants[used % len(source.variants)] if source.variants else None
+        yield _prompt(source, row, number, turns=list(bare), variant=variant), bare
+        used += 1
+
+
+def _is_used(source: SourceBase, row: Row) -> bool:
+    where = source.where
+    if where is None:
+        return True
+    if where.part_by and part_of(str(_column(source, row, where.part_by))) != where.part:
+        return False
+    return not where.min_characters or len(_text(source, row, source.fields.prompt or "")) >= where.min_characters
+
+
+def _prompt(source: SourceBase, row: Row, number: int, *, turns: list[str], variant: Variant | None) -> Prompt:
+    """Return the prompt that a row is, from its bare texts."""
     fields = source.fields
-    turns = [_text(source, row, fields.prompt)] if fields.prompt else _turns(source, row)
-    columns = {name: turns[0] if name == "prompt" else _column(source, row, name) for name in _columns(source)}
-    if source.template != "{prompt}":
-        turns[0] = source.template.format_map(columns).strip()
-    category = fields.constant_category or source.name
+    if source.max_characters:
+        turns[0] = whole_sentences(turns[0], source.max_characters)
+    template = variant.template if variant else source.template
+    columns = {
+        name: turns[0] if name == "prompt" else _column(source, row, name) for name in template_columns(template)
+    }
+    if template != "{prompt}":
+        turns[0] = template.format_map(columns).strip()
+    category = variant.category if variant else fields.constant_category or source.name
     if fields.category:
         category = str(_column(source, row, fields.category))
     return make_prompt(
@@ -282,10 +308,6 @@ def _prompt(source: SourceBase, row: Row, number: int) -> Prompt:
         turns=turns[: source.max_turns],
         source=source.name,
     )
-
-
-def _columns(source: SourceBase) -> list[str]:
-    return template_columns(source.template)
 
 
 def _column(source: SourceBase, row: Row, name: str) -> object:
@@ -327,7 +349,6 @@ def evaluation_prompt_hashes() -> frozenset[str]:
     for name in EVALUATION_SUITES:
         config, path, _ = load_config(name)
         for source in config.sources:
-            for number, row in enumerate(_rows(source, folder=path.parent, progress=True)):
-                bare = [_text(source, row, source.fields.prompt)] if source.fields.prompt else _turns(source, row)
-                hashes.update(map(prompt_hash, [*bare, *_prompt(source, row, number).turns]))
+            for prompt, bare in _prompts(source, _rows(source, folder=path.parent, progress=True)):
+                hashes.update(map(prompt_hash, [*bare, *prompt.turns]))
     return frozenset(hashes)

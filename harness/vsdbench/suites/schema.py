@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import string
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from vsdbench.config import Config
 from vsdbench.decoding.interfaces import ShapeKind, VerifyRule
+from vsdbench.suites.articles import Part
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -42,6 +43,41 @@ class Fields(Config):
         return self
 
 
+class RowFilter(Config):
+    """Which rows are used: those that are all of what is said here.
+
+    Attributes:
+        part_by: Column whose value says, by its hash, what a row may be used for.
+        part: Rows of this part; training never uses those of ``suite``.
+        min_characters: Rows whose prompt column has at least so many.
+    """
+
+    part_by: str | None = None
+    part: Part | None = None
+    min_characters: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RowFilter:
+        if (self.part_by is None) != (self.part is None):
+            raise ValueError("'part_by' (a column) and 'part' (train, heldout or suite) go together")
+        if self.part is None and self.min_characters is None:
+            raise ValueError("a 'where' without 'part_by' and 'min_characters' keeps every row; leave it out")
+        return self
+
+
+class Variant(Config):
+    """One of several ways to ask: a template of the first turn, and the category of the prompts made with it."""
+
+    category: str
+    template: str
+
+    @field_validator("template")
+    @classmethod
+    def _template_is_plain(cls, template: str) -> str:
+        template_columns(template)
+        return template
+
+
 class SourceBase(Config):
     """What every source of prompts says.
 
@@ -52,6 +88,9 @@ class SourceBase(Config):
         template: The first turn, from ``{prompt}`` and the names of other columns in braces.
         limit: At most this many prompts of the source, spread over its categories.
         max_turns: Only the first turns of every prompt.
+        where: Which rows are used; None means all.
+        max_characters: The prompt column is cut to whole sentences of at most so many.
+        variants: In place of ``template`` and a category: used in turn, row by row.
     """
 
     name: Name
@@ -60,12 +99,30 @@ class SourceBase(Config):
     template: str = "{prompt}"
     limit: int | None = Field(default=None, ge=1)
     max_turns: int | None = Field(default=None, ge=1)
+    where: RowFilter | None = None
+    max_characters: int | None = Field(default=None, ge=1)
+    variants: tuple[Variant, ...] = ()
 
     @field_validator("template")
     @classmethod
     def _template_is_plain(cls, template: str) -> str:
         template_columns(template)
         return template
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Self:
+        fields = self.fields
+        if self.variants and (self.template != "{prompt}" or fields.category or fields.constant_category):
+            raise ValueError("'variants' have templates and categories of their own; leave 'template' and those out")
+        if fields.prompt is None and (self.max_characters or (self.where and self.where.min_characters)):
+            raise ValueError("'max_characters' and 'min_characters' are about the column 'fields.prompt'; name one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the options that came later where they are not used: what is hashed stays the same."""
+        unused = {name for name in ("where", "max_characters", "variants") if not getattr(self, name)}
+        return {name: value for name, value in handler(self).items() if name not in unused}
 
 
 class HubSource(SourceBase):
