@@ -15,6 +15,7 @@ from vsdbench.errors import ConfigError
 from vsdbench_drafters.training import data as data_module
 from vsdbench_drafters.training import generate
 from vsdbench_drafters.training.data import DataConfig, data_key, ensure_data, estimate_seconds, shared_prefix
+from vsdbench_drafters.training.grounded import GROUNDED_VERSION
 from vsdbench_drafters.training.prompts import Article, split_of
 from vsdbench_drafters.training.shards import Answer, DataFolder
 
@@ -178,10 +179,27 @@ def test_key_depends_on_what_determines_the_data(target):
     keys = {data_key(CONFIG, target)}
     for change in ({"seed": 5}, {"num_tokens": 901}, {"temperatures": (0.0,)}, {"start_index": 1}):
         keys.add(data_key(CONFIG.model_copy(update=change), target))
+    keys.add(data_key(CONFIG.model_copy(update={"source": "grounded"}), target))
     other = ByteTarget()
     other.fingerprint = "another"
     keys.add(data_key(CONFIG, other))
-    assert len(keys) == 6
+    assert len(keys) == 7
+
+
+def test_key_of_the_first_source_is_what_it_was(target):
+    """Data that took hours to make is found again: a new source must not change the key of an old one."""
+    assert data_key(CONFIG, target) == "032157b49077e009"
+
+
+def test_grounded_data_is_made_from_grounded_prompts(target):
+    articles = [Article(article.title, f"{article.title} is {article.lead}") for article in ARTICLES]
+    config = CONFIG.model_copy(update={"source": "grounded", "num_tokens": 200, "num_heldout": 1})
+    made = ensure_data(config, target, articles=articles, excluded=frozenset())
+    assert made.meta["config"]["source"] == "grounded"
+    assert made.meta["prompts_version"] == GROUNDED_VERSION
+    for sequence in made.sequences:
+        text = bytes(int(t) - 3 for t in sequence.ids[: sequence.prompt_len] if 3 <= t < 259).decode()
+        assert "It was found in" in text  # every one gives the lead
 
 
 def test_prompts_that_never_fit_are_an_error(target, monkeypatch):

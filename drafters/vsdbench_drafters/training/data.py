@@ -28,7 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from vsdbench.config import Config, content_hash
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
-from vsdbench_drafters.training.prompts import LICENCE, PROMPTS_VERSION, WIKI_LEADS, PromptSource, Split, load_articles
+from vsdbench_drafters.training.grounded import GroundedSource
+from vsdbench_drafters.training.prompts import LICENCE, WIKI_LEADS, PromptSource, Split, load_articles
 from vsdbench_drafters.training.shards import HELDOUT_OFFSET, Answer, DataFolder, TrainingData
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ if TYPE_CHECKING:
 _SHARD_SEQUENCES = 128
 _MAX_SKIPPED = 1000
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
+_SOURCES: dict[str, type[PromptSource]] = {"wiki": PromptSource, "grounded": GroundedSource}
 
 
 class DataConfig(Config):
     """What training data to make.
 
     Attributes:
-        source: Where prompts come from; ``wiki`` is our questions about encyclopedia articles.
+        source: Where prompts come from; ``wiki`` is our questions about encyclopedia articles, with generated
+            problems and code tasks, ``grounded`` tasks whose answers repeat an article's given opening.
         num_tokens: Response tokens wanted; the last answer may exceed it.
         max_new_tokens: Longest answer.
         max_prompt_tokens: Prompts that are longer once rendered are left out.
@@ -58,7 +61,7 @@ class DataConfig(Config):
         loop_repeats: Answers end after so many exact repetitions of their tail (0: never).
     """
 
-    source: Literal["wiki"] = "wiki"
+    source: Literal["wiki", "grounded"] = "wiki"
     num_tokens: int = Field(default=400_000, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     max_prompt_tokens: int = Field(default=320, ge=1)
@@ -107,7 +110,7 @@ def data_key(config: DataConfig, target: DataTarget) -> str:
             "target": target.fingerprint,
             "template": target.template_hash,
             "dtype": str(target.dtype),
-            "prompts": PROMPTS_VERSION,
+            "prompts": _SOURCES[config.source].version,
             "articles": WIKI_LEADS.sha256,
         }
     )
@@ -156,7 +159,7 @@ def ensure_data(
         "licence": LICENCE,
         "source": f"{WIKI_LEADS.requirement}: {WIKI_LEADS.file}",
         "articles_sha256": WIKI_LEADS.sha256,
-        "prompts_version": PROMPTS_VERSION,
+        "prompts_version": _SOURCES[config.source].version,
         "target": target.fingerprint,
         "dtype": str(target.dtype),
         "config": config.model_dump(mode="json"),
@@ -180,7 +183,7 @@ class _Maker:
         self._target = target
         self._folder = folder
         self._train, self._heldout = (
-            PromptSource(articles, seed=config.seed, split=split, excluded=excluded) for split in _SPLITS
+            _SOURCES[config.source](articles, seed=config.seed, split=split, excluded=excluded) for split in _SPLITS
         )
         self._prefix = shared_prefix(target)
         self._answers: dict[int, Answer] = {}

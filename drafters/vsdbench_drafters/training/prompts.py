@@ -3,24 +3,24 @@
 What a drafter learns from is the target's answers; the prompts only have to resemble what assistants are asked and to
 be many. Prompt ``i`` of a seed is always the same text, so that data can be made again, continued or split over
 stages by index alone. Articles are split by a hash of their title: held-out prompts never share an article with
-training ones. Prompts that occur in an evaluation suite are never given out.
+training ones, and neither do evaluation suites. Prompts that occur in such a suite are never given out.
 
 The articles' texts are Wikipedia leads under CC BY-SA 4.0.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models.wheels import WheelFile, fetch
+from vsdbench.suites.articles import part_of
 from vsdbench.suites.prompts import prompt_hash
 from vsdbench_drafters.training import code_tasks, word_problems
 from vsdbench_drafters.training.templates import FIELDS, FOLLOW_UPS, GENERATED, TEMPLATES
@@ -38,7 +38,6 @@ WIKI_LEADS = WheelFile(
     sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
     licence=LICENCE,
 )
-_HELDOUT_SHARE = 40  # one article in so many
 _LEAD_CHARACTERS = 480
 _SHARES: dict[str, float] = {name: weight for name, (weight, _) in TEMPLATES.items()} | GENERATED
 
@@ -80,9 +79,8 @@ def _tidy(text: str) -> str:
 
 
 def split_of(title: str) -> Split:
-    """Return the split that an article belongs to, by a hash of its title."""
-    digest = hashlib.sha256(title.encode()).digest()
-    return "heldout" if int.from_bytes(digest[:4], "big") % _HELDOUT_SHARE == 0 else "train"
+    """Return the split that an article belongs to, by a hash of its title; all that is not trained on is held out."""
+    return "train" if part_of(title) == "train" else "heldout"
 
 
 def shorten(text: str, limit: int = _LEAD_CHARACTERS) -> str:
@@ -120,14 +118,17 @@ class PromptSource:
         excluded: Hashes of prompts that must never come up.
     """
 
+    version: ClassVar[int] = PROMPTS_VERSION
+    _name: ClassVar[str] = ""  # part of every seed
+
     def __init__(
         self, articles: Sequence[Article], *, seed: int, split: Split = "train", excluded: frozenset[str] = frozenset()
     ) -> None:
-        self._articles = [article for article in articles if split_of(article.title) == split]
+        self._articles = [article for article in articles if self._belongs(article.title, split)]
         if not self._articles:
             msg = f"none of the {len(articles)} articles belongs to the split '{split}'"
             raise ValueError(msg)
-        self._key = f"{seed}/{split}"
+        self._key = f"{self._name}{seed}/{split}"
         self._excluded = excluded
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
@@ -139,14 +140,22 @@ class PromptSource:
         msg = f"prompt {index} is excluded whatever is drawn; {len(self._excluded)} hashes are excluded"
         raise ValueError(msg)
 
+    @staticmethod
+    def _belongs(title: str, split: Split) -> bool:
+        return split_of(title) == split
+
+    def _article(self, index: int) -> Article:
+        """Return the article of a prompt: all of them in a random order, then all in another, and so on."""
+        epoch, position = divmod(index, len(self._articles))
+        return self._articles[self._order(epoch)[position]]
+
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._articles)))
         Random(f"{self._key}/epoch/{epoch}").shuffle(order)
         return order
 
     def _make(self, index: int, rng: Random) -> Prompt:
-        epoch, position = divmod(index, len(self._articles))
-        article = self._articles[self._order(epoch)[position]]
+        article = self._article(index)
         category = rng.choices(list(_SHARES), weights=list(_SHARES.values()))[0]
         if category == "math":
             return Prompt([_user(word_problems.word_problem(rng))], category)
