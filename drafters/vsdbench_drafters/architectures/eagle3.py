@@ -25,7 +25,7 @@ from vsdbench.config import Config, parse
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3_files import check_fits, read_tensors, write_tensors
 from vsdbench_drafters.architectures.layers import RMSNorm, apply_rotary, rotary
-from vsdbench_drafters.objectives.base import DraftBatch
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
@@ -205,7 +205,7 @@ class DraftContext:
         )
 
 
-class Eagle3Model(nn.Module):
+class Eagle3Model(DraftModel):
     """The trainable drafter. ``state_dict()`` has exactly the tensors of an EAGLE-3 checkpoint.
 
     Args:
@@ -215,32 +215,24 @@ class Eagle3Model(nn.Module):
     """
 
     def __init__(self, config: Eagle3Config, embeddings: Tensor, draft_ids: Tensor) -> None:
-        super().__init__()
+        super().__init__(draft_ids, config.vocab_size)
         self.config = config
         self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
         self.midlayer = _MidLayer(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm: RMSNorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.d2t: Tensor
-        self.t2d: Tensor
-        self.register_buffer("d2t", draft_ids - torch.arange(config.draft_vocab_size, device=draft_ids.device))
-        member = torch.zeros(config.vocab_size, dtype=torch.bool, device=draft_ids.device)
-        member[draft_ids] = True
-        self.register_buffer("t2d", member)
         self.embeddings: Tensor
         self.register_buffer("embeddings", embeddings.detach(), persistent=False)
 
-    @property
-    def draft_ids(self) -> Tensor:
-        """``[Vd]`` int64: the target id of every draft id."""
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+    def head(self, step: int = 0) -> Tensor:  # noqa: ARG002 - one head for all steps
+        """Return the LM head."""
+        return self.lm_head.weight
 
-    @property
-    def target_to_draft(self) -> Tensor:
-        """``[V]`` int64: the draft id of every target id, -1 outside the draft vocabulary."""
-        table = torch.full((self.config.vocab_size,), -1, dtype=torch.int64, device=self.d2t.device)
-        table[self.draft_ids] = torch.arange(len(self.d2t), device=self.d2t.device)
-        return table
+    def drafter(self, dtype: torch.dtype) -> Eagle3Drafter:
+        """Return the decode-time drafter, with a copy of the weights as they are now."""
+        from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter  # noqa: PLC0415 - it imports this module
+
+        return Eagle3Drafter(self, dtype=dtype)
 
     @classmethod
     def from_target(cls, target: Target, draft_ids: Tensor, *, seed: int) -> Eagle3Model:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import DraftContext, Eagle3Model
+    from vsdbench.decoding.interfaces import Drafter
     from vsdbench_drafters.objectives.paths import BranchingTarget
 
 
@@ -154,22 +155,96 @@ class LossOutput:
     metrics: dict[str, Tensor]
 
 
+class DraftContext(Protocol):
+    """What a drafter remembers of a batch between two steps.
+
+    Attributes:
+        hidden: ``[R, H]`` outputs of the last step.
+    """
+
+    hidden: Tensor
+
+    def select(self, rows: Tensor) -> DraftContext:
+        """Return a context of these rows, ``[n]`` int64, which goes on independently."""
+
+
+class DraftModel(nn.Module):
+    """Base of the trainable drafters: what objectives, the training loop and held-out scores use of one.
+
+    A subclass has parameters, ``start`` and ``advance``, and a public checkpoint format. Logits of a step are
+    ``norm(output) @ head(step).T``, over the draft vocabulary.
+
+    Args:
+        draft_ids: ``[Vd]`` int64, the target ids of the draft vocabulary in increasing order.
+        vocab_size: V.
+    """
+
+    one_head: ClassVar[bool] = True
+    """Every step has the same LM head, so outputs of several steps can be scored together."""
+    max_steps: int | None = None
+    """Steps that it can be unrolled; None: any number."""
+    norm: nn.Module
+    """Makes outputs ready for the head: the final norm, or ``nn.Identity`` where there is none."""
+
+    def __init__(self, draft_ids: Tensor, vocab_size: int) -> None:
+        super().__init__()
+        self.d2t: Tensor
+        self.t2d: Tensor
+        self.register_buffer("d2t", draft_ids - torch.arange(len(draft_ids), device=draft_ids.device))
+        member = torch.zeros(vocab_size, dtype=torch.bool, device=draft_ids.device)
+        member[draft_ids] = True
+        self.register_buffer("t2d", member)
+
+    @property
+    def draft_ids(self) -> Tensor:
+        """``[Vd]`` int64: the target id of every draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @property
+    def target_to_draft(self) -> Tensor:
+        """``[V]`` int64: the draft id of every target id, -1 outside the draft vocabulary."""
+        table = torch.full((len(self.t2d),), -1, dtype=torch.int64, device=self.d2t.device)
+        table[self.draft_ids] = torch.arange(len(self.d2t), device=self.d2t.device)
+        return table
+
+    def start(self, batch: DraftBatch) -> DraftContext:
+        """Return the context of a batch's rows before any step."""
+        raise NotImplementedError
+
+    def advance(self, context: Any, tokens: Tensor) -> Tensor:  # noqa: ANN401 - the drafter's own context
+        """Run one step with ``[R]`` input tokens; return ``[R, H]`` outputs, which ``norm`` readies for the head."""
+        raise NotImplementedError
+
+    def head(self, step: int = 0) -> Tensor:
+        """Return ``[Vd, H]``, the LM head of a step."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint."""
+        raise NotImplementedError
+
+    def drafter(self, dtype: torch.dtype) -> Drafter:
+        """Return the decode-time drafter, with a copy of the weights as they are now."""
+        raise NotImplementedError
+
+
 class Objective(Protocol):
     """A training objective. It never touches optimisers, data order or checkpoints."""
 
     name: str
 
-    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+    def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the mean loss of a batch."""
 
 
 def unroll(
-    drafter: Eagle3Model, batch: DraftBatch, num_steps: int, context: DraftContext | None = None
+    drafter: DraftModel, batch: DraftBatch, num_steps: int, context: DraftContext | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield ``(step, hidden [R, H])``, the normed outputs of the training-time test along the data's own tokens.
 
-    A caller that wants to branch off passes the context that ``drafter.start`` gave it.
+    A drafter that has no more than so many steps is unrolled to its last one. A caller that wants to branch off passes
+    the context that ``drafter.start`` gave it.
     """
     context = context or drafter.start(batch)
-    for step in range(num_steps):
+    for step in range(num_steps if drafter.max_steps is None else min(num_steps, drafter.max_steps)):
         yield step, drafter.norm(drafter.advance(context, batch.inputs(step)))

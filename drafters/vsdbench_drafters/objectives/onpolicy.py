@@ -7,18 +7,15 @@ paths weigh the same. With ``divergence: rkl`` it is on-policy reverse KL (Disti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives import divergence, token
-from vsdbench_drafters.objectives.base import DraftBatch, LossOutput, TargetView
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
 from vsdbench_drafters.objectives.paths import choose_anchors, merge, trace
-
-if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 
 _DIVERGENCES: dict[str, type[token.DistributionObjective]] = {
     "kl": token.ForwardKL,
@@ -48,7 +45,7 @@ class OnPolicy(PathObjective):
         self.omega = omega
         self._divergence = _DIVERGENCES[divergence]()
 
-    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+    def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the anchor loss and ω times the mean, over anchors, of Σ over depths of the paths' mean divergence."""
         generator = torch.Generator().manual_seed(batch.seed)
         anchors = choose_anchors(batch, self.num_anchors, generator)
@@ -63,7 +60,7 @@ class OnPolicy(PathObjective):
         weights.index_add_(0, trie.rows[valid], share[valid])
         path_term = token.fused(
             hidden,
-            drafter.lm_head.weight,
+            drafter.head(),
             scores.target,
             weights * (self.omega / max(1, len(anchors))),
             self._divergence.row_losses,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
-from vsdbench_drafters.objectives.base import DraftBatch, TargetView, unroll
+from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, TargetView, unroll
 from vsdbench_drafters.objectives.paths import (
     Paths,
     Scores,
@@ -21,9 +21,6 @@ from vsdbench_drafters.objectives.paths import (
     tree_paths,
 )
 from vsdbench_drafters.objectives.token import ForwardKL
-
-if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import DraftContext, Eagle3Model
 
 Proposals = Literal["sampled", "tree", "mixed"]
 
@@ -67,7 +64,7 @@ class PathObjective(ForwardKL):
         self.tree_budget, self.tree_top_k = tree_budget, tree_top_k
 
     def walk(
-        self, batch: DraftBatch, drafter: Eagle3Model, view: TargetView, anchors: Tensor
+        self, batch: DraftBatch, drafter: DraftModel, view: TargetView, anchors: Tensor
     ) -> tuple[list[Tensor], DraftContext]:
         """Return the anchor loss's terms, none where it is off, and the anchors' context at step 0."""
         context = drafter.start(batch)
@@ -82,7 +79,7 @@ class PathObjective(ForwardKL):
         assert branch is not None
         return terms, branch
 
-    def propose(self, drafter: Eagle3Model, context: DraftContext, generator: torch.Generator) -> Paths:
+    def propose(self, drafter: DraftModel, context: DraftContext, generator: torch.Generator) -> Paths:
         """Return proposals of the drafter as it is now."""
         found = []
         if self.proposals != "tree":
@@ -93,7 +90,7 @@ class PathObjective(ForwardKL):
         return found[0] if len(found) == 1 else join(*found)
 
     def score(  # noqa: PLR0917 - what both models need to know
-        self, batch: DraftBatch, drafter: Eagle3Model, view: TargetView, anchors: Tensor, trie: Trie, hidden: Tensor
+        self, batch: DraftBatch, drafter: DraftModel, view: TargetView, anchors: Tensor, trie: Trie, hidden: Tensor
     ) -> Scores:
         """Return both models' distributions in every context; ``hidden`` are the drafter's ``[M, H]`` outputs."""
         if view.target is None or view.full_head is None:

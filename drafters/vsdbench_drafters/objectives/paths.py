@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import DraftContext, Eagle3Model
-    from vsdbench_drafters.objectives.base import DraftBatch, Span
+    from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, Span
 
 _SCORE_ROWS = 64  # contexts whose whole-vocabulary logits are alive at a time
 
@@ -109,7 +109,7 @@ def choose_anchors(batch: DraftBatch, per_sequence: int, generator: torch.Genera
 
 @torch.no_grad()
 def sample_paths(
-    drafter: Eagle3Model, context: DraftContext, num_paths: int, depth: int, generator: torch.Generator
+    drafter: DraftModel, context: DraftContext, num_paths: int, depth: int, generator: torch.Generator
 ) -> Paths:
     """Draw paths from q, token by token, at temperature 1.
 
@@ -139,7 +139,7 @@ def sample_paths(
 
 
 @torch.no_grad()
-def tree_paths(drafter: Eagle3Model, context: DraftContext, *, budget: int, top_k: int, depth: int) -> Paths:
+def tree_paths(drafter: DraftModel, context: DraftContext, *, budget: int, top_k: int, depth: int) -> Paths:
     """Return the paths to the leaves of the dynamic tree (EAGLE-2, arXiv 2406.16858) that decoding would send.
 
     Args:
@@ -237,7 +237,7 @@ def merge(paths: Paths, vocab: int) -> Trie:
     return Trie(torch.cat(parents), torch.cat(tokens), torch.cat(anchors), tuple(levels), torch.stack(rows, dim=-1))
 
 
-def trace(drafter: Eagle3Model, context: DraftContext, trie: Trie) -> Tensor:
+def trace(drafter: DraftModel, context: DraftContext, trie: Trie) -> Tensor:
     """Return ``[M, H]``: the drafter's normed output in every context, with its graph.
 
     Args:
@@ -314,10 +314,10 @@ def _branch_span(  # noqa: PLR0917 - one sequence's part of what ``oracle`` has
     return target.branch_states(ids, positions, visible)[length:]
 
 
-def draft_probs(drafter: Eagle3Model, hidden: Tensor) -> Tensor:
+def draft_probs(drafter: DraftModel, hidden: Tensor) -> Tensor:
     """Return ``[n, Vd]`` q of normed outputs, without a graph."""
     with torch.no_grad():
-        logits = drafter.lm_head(hidden)
+        logits = F.linear(hidden, drafter.head())
         return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vsdbench_drafters.objectives.base import DraftBatch, LossOutput, TargetView, unroll
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 
 _CHUNK_ELEMENTS = 1 << 20  # a chunk of float32 logits stays in the cache of a CPU core complex (4 MiB)
 
@@ -143,13 +142,13 @@ class CrossEntropy:
     def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8) -> None:
         self.weights = step_weights(ttt_steps, step_weight)
 
-    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+    def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the weighted mean over the steps; tokens outside the draft vocabulary are masked."""
 
         def of_step(step: int, hidden: Tensor) -> Tensor:
             labels = target_view.target_to_draft[batch.labels(step)]
             keep = (batch.mask(step) & (labels >= 0)).float()
-            return fused(hidden, drafter.lm_head.weight, labels.clamp(min=0), mean_weights(keep), cross_entropy_rows)
+            return fused(hidden, drafter.head(step), labels.clamp(min=0), mean_weights(keep), cross_entropy_rows)
 
         return _weighted_steps(self.weights, batch, drafter, of_step)
 
@@ -169,7 +168,7 @@ class DistributionObjective:
         """Return ``([r] losses, [r, Vd] d loss / d logits)`` for ``[r, Vd]`` logits and target probabilities."""
         raise NotImplementedError
 
-    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+    def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the weighted mean over the steps."""
         probs = target_view.probs()
 
@@ -178,7 +177,7 @@ class DistributionObjective:
 
         return _weighted_steps(self.weights, batch, drafter, of_step)
 
-    def step_loss(self, step: int, hidden: Tensor, batch: DraftBatch, drafter: Eagle3Model, probs: Tensor) -> Tensor:
+    def step_loss(self, step: int, hidden: Tensor, batch: DraftBatch, drafter: DraftModel, probs: Tensor) -> Tensor:
         """Return the mean over the kept rows of one step.
 
         Args:
@@ -190,7 +189,7 @@ class DistributionObjective:
         """
         rows = len(hidden) - step
         keep = batch.mask(step)[:rows].float()
-        return fused(hidden[:rows], drafter.lm_head.weight, probs[step:], mean_weights(keep), self.row_losses)
+        return fused(hidden[:rows], drafter.head(step), probs[step:], mean_weights(keep), self.row_losses)
 
 
 class ForwardKL(DistributionObjective):
@@ -204,7 +203,7 @@ class ForwardKL(DistributionObjective):
 
 
 def _weighted_steps(
-    weights: list[float], batch: DraftBatch, drafter: Eagle3Model, of_step: Callable[[int, Tensor], Tensor]
+    weights: list[float], batch: DraftBatch, drafter: DraftModel, of_step: Callable[[int, Tensor], Tensor]
 ) -> LossOutput:
     terms = [of_step(step, hidden) for step, hidden in unroll(drafter, batch, len(weights))]
     loss = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, EnvironmentProblemError
-from vsdbench_drafters.objectives.base import DraftBatch, TargetView
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
     from vsdbench_drafters.objectives.paths import BranchingTarget
 
 _PASS_TOKENS = 2048  # tokens of one target forward
@@ -198,7 +197,7 @@ class BatchMaker:
     sequences: Sequence[Sequenced]
     source: FeatureSource
     head: Tensor
-    drafter: Eagle3Model
+    drafter: DraftModel
     target: BranchingTarget | None = None
     _draft_head: Tensor | None = field(default=None, repr=False)
     _table: Tensor | None = field(default=None, repr=False)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vsdbench_drafters.objectives.base import DraftBatch, TargetView, unroll
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView, unroll
 
 if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
     from vsdbench_drafters.training.features import BatchMaker
 
 NUM_STEPS = 4
@@ -58,7 +58,7 @@ class HeldOut:
         return _Reference(batch, view, torch.cat(choices), torch.cat(covered))
 
     @torch.no_grad()
-    def evaluate(self, drafter: Eagle3Model, *, autocast: bool) -> dict[str, float]:
+    def evaluate(self, drafter: DraftModel, *, autocast: bool) -> dict[str, float]:
         """Return ``tau_chain``, and ``agreement_i``, ``acceptance_i`` (Σ min(p, q)) and ``kl_i`` of every step i."""
         sums = torch.zeros(NUM_STEPS, 4, dtype=torch.float64)
         counts = torch.zeros(NUM_STEPS, dtype=torch.float64)
@@ -72,7 +72,7 @@ class HeldOut:
         return metrics
 
     @staticmethod
-    def _score(reference: _Reference, drafter: Eagle3Model, autocast: bool, sums: Tensor, counts: Tensor) -> None:
+    def _score(reference: _Reference, drafter: DraftModel, autocast: bool, sums: Tensor, counts: Tensor) -> None:
         """Add one batch's sums of (reached, agreed, acceptance, KL) by step."""
         batch = reference.batch
         alive = torch.ones(batch.num_rows, dtype=torch.bool, device=batch.slots.device)
@@ -81,7 +81,7 @@ class HeldOut:
             for step, hidden in unroll(drafter, batch, NUM_STEPS):
                 rows = batch.num_rows - step
                 keep = batch.mask(step)[:rows]
-                log_q = torch.log_softmax(drafter.lm_head(hidden[:rows]).float(), dim=-1)
+                log_q = torch.log_softmax(F.linear(hidden[:rows], drafter.head(step)).float(), dim=-1)
                 probs = reference.view.probs()[step:]
                 agreed = (drafter.draft_ids[log_q.argmax(-1)] == reference.choice[step:]) & keep
                 alive = alive[:rows] & agreed

@@ -26,8 +26,7 @@ from vsdbench_drafters.training.features import BatchMaker, plan_batches
 from vsdbench_drafters.training.optim import lr_scale, make_optimisers
 
 if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
-    from vsdbench_drafters.objectives.base import Objective
+    from vsdbench_drafters.objectives.base import DraftModel, Objective
     from vsdbench_drafters.training.heldout import HeldOut
     from vsdbench_drafters.training.recipe import TrainingConfig
 
@@ -62,7 +61,7 @@ class TrainingLoop:
     def __init__(
         self,
         *,
-        model: Eagle3Model,
+        model: DraftModel,
         objective: Objective,
         maker: BatchMaker,
         heldout: HeldOut | None,

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vsdbench.config import content_hash
 from vsdbench.paths import cache_dir
+from vsdbench_drafters.architectures.trainable import fresh_model
 from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
 from vsdbench_drafters.training.features import (
     BatchMaker,
@@ -178,10 +179,8 @@ def _run(
     console: Console,
     resume: bool,
 ) -> tuple[TrainingLoop, Progress]:
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model  # noqa: PLC0415 - the only trainable one so far
-
     config = recipe.training
-    model = Eagle3Model.from_target(target, vocabulary, seed=config.seed)
+    model = fresh_model(recipe.architecture, target, vocabulary, seed=config.seed)
     head = target.model.get_output_embeddings().weight
     train_maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
     heldout_maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)

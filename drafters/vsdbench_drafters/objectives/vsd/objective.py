@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
-from vsdbench_drafters.objectives.base import DraftBatch, LossOutput, TargetView
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
 from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, choose_anchors, merge, trace
 from vsdbench_drafters.objectives.token import fused
@@ -24,7 +24,6 @@ from vsdbench_drafters.objectives.vsd.estep import EStepSettings, Judged, Sample
 from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, rejections, soft_targets
 
 if TYPE_CHECKING:
-    from vsdbench_drafters.architectures.eagle3 import Eagle3Model
     from vsdbench_drafters.objectives.vsd.confidence import Penalty
     from vsdbench_drafters.objectives.vsd.utility import Acceptance
 
@@ -96,7 +95,7 @@ class VSD(PathObjective):
         self.m_settings = MStepSettings(model=acceptance, targets=targets, arw=arw, correction=correction, car=car_form)
         self._rounds: dict[int, _Round] = {}
 
-    def loss(self, batch: DraftBatch, drafter: Eagle3Model, target_view: TargetView) -> LossOutput:
+    def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return anchor, path term and CAR; an E-step is made unless this batch's is still to be used again."""
         generator = torch.Generator().manual_seed(batch.seed)
         known = self._rounds.pop(batch.seed, None)
@@ -116,7 +115,7 @@ class VSD(PathObjective):
             self._rounds[batch.seed] = replace(known, left=known.left - 1)
         weights = torch.full((len(hidden),), 1 / max(1, len(anchors)), device=hidden.device)
         rows = path_rows(self.omega, self.car, self.m_settings.car)
-        path_term = fused(hidden, drafter.lm_head.weight, known.targets, weights, rows)
+        path_term = fused(hidden, drafter.head(), known.targets, weights, rows)
         metrics = known.metrics | {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)}
         return LossOutput(path_term + self.anchor_loss(terms), metrics | {"loss_paths": path_term.detach()})
 
