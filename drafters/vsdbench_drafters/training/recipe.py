@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -17,16 +17,47 @@ from vsdbench_drafters.training.contest import check_fresh, member, split_name
 from vsdbench_drafters.training.data import DataConfig
 
 
-class ArchitectureConfig(Config):
-    """Which drafter is trained.
+class Eagle3Architecture(Config):
+    """EAGLE-3 (arXiv 2503.01840): one layer that reads three of the target's hidden states; its LM head is trained.
 
     Attributes:
-        type: Only ``eagle3`` can be trained so far.
         draft_vocab_size: Vd; a smaller one makes every draft step and the loss cheaper and covers less of the output.
     """
 
     type: Literal["eagle3"] = "eagle3"
     draft_vocab_size: int = Field(default=8192, ge=16)
+
+
+class EagleArchitecture(Config):
+    """EAGLE-1 and EAGLE-2 (arXiv 2401.15077, 2406.16858): one layer that predicts the target's last hidden state.
+
+    Attributes:
+        draft_vocab_size: Vd, how many rows of the target's LM head are used.
+    """
+
+    type: Literal["eagle"]
+    draft_vocab_size: int = Field(default=8192, ge=16)
+
+
+class MedusaArchitecture(Config):
+    """Medusa (arXiv 2401.10774): heads that each predict one of the next tokens from the target's last hidden state.
+
+    Attributes:
+        draft_vocab_size: Vd of every head.
+        num_heads: How many tokens are predicted, so how deep a tree can be.
+        num_layers: Residual blocks of a head.
+    """
+
+    type: Literal["medusa"]
+    draft_vocab_size: int = Field(default=8192, ge=16)
+    num_heads: int = Field(default=4, ge=1, le=16)
+    num_layers: int = Field(default=1, ge=1, le=4)
+
+
+ArchitectureConfig: TypeAlias = Annotated[
+    Eagle3Architecture | EagleArchitecture | MedusaArchitecture, Field(discriminator="type")
+]
+"""Which drafter is trained, by its ``type``."""
 
 
 class ObjectiveConfig(Config):
@@ -129,12 +160,18 @@ class RecipeConfig(Config):
     version: int = Field(default=1, ge=1)
     description: str = ""
     target: str
-    architecture: ArchitectureConfig = ArchitectureConfig()
+    architecture: ArchitectureConfig = Eagle3Architecture()
     objective: ObjectiveConfig
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     warm_start: str | None = None
     evaluation: EvaluationConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eagle3_unless_said(cls, raw: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
+        chosen = raw.get("architecture") if isinstance(raw, dict) else None
+        return raw | {"architecture": {"type": "eagle3"} | chosen} if isinstance(chosen, dict) else raw
 
     def content(self) -> dict[str, Any]:
         """Return what determines the weights: without names, words, and what only changes the speed.
