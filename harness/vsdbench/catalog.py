@@ -89,15 +89,13 @@ def validate(path: Path) -> str:
         suite = parse(SuiteConfig, data, where=str(path))
         for entry in suite.drafters:
             registry.load("vsdbench.drafters", entry.type)
-            if entry.recipe is not None and not Path(entry.recipe).is_file():
-                recipes = list_data("recipes")
-                if entry.recipe not in recipes:
-                    raise ConfigError(
-                        f"{path}: drafter '{entry.name}' names the recipe '{entry.recipe}', which does not exist."
-                        f"{did_you_mean(entry.recipe, recipes)}"
-                    )
+            if entry.recipe is not None:
+                try:
+                    registry.load("vsdbench.trainers", "load")(entry.recipe)
+                except ConfigError as error:
+                    raise ConfigError(f"{path}: drafter '{entry.name}': {error}") from error
         return "suite"
-    parse(registry.load("vsdbench.trainers", "recipe"), data, where=str(path))
+    registry.load("vsdbench.trainers", "check")(data, str(path))
     return "recipe"
 
 

@@ -206,7 +206,10 @@ def train(  # noqa: PLR0917 - a command's options
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train drafters from recipes; a training that was stopped goes on, one that is finished is found in the cache."""
+    """Train drafters from recipes; a training that was stopped goes on, one that is finished is found in the cache.
+
+    A recipe with several arms trains all of them, with every seed; [bold]NAME:ARM@SEED[/bold] is one alone.
+    """
     from vsdbench import registry
     from vsdbench.bench.run import RunOptions, load_target
 
@@ -217,20 +220,26 @@ def train(  # noqa: PLR0917 - a command's options
     load_recipe = registry.load("vsdbench.trainers", "load")
     options = RunOptions(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     results: list[dict[str, Any]] = []
-    for name in _required(names, "recipe", "vsdbench train eagle3-kl-quickstart"):
-        recipe = load_recipe(name, overrides)
+    members = registry.load("vsdbench.trainers", "members")
+    wanted = [
+        member for name in _required(names, "recipe", "vsdbench train eagle3-kl-quickstart") for member in members(name)
+    ]
+    recipes = {name: load_recipe(name, overrides) for name in wanted}  # every mistake is found before hours are spent
+    for name, recipe in recipes.items():
         if dry_run:
             results.append({"recipe": name} | registry.load("vsdbench.trainers", "estimate")(recipe))
         else:
             model = load_target(recipe.target, options, console)
             trained = registry.load("vsdbench.trainers", "default")(recipe, target=model, console=console)
-            details = {"seconds": trained.seconds, "tokens": trained.tokens, "cached": trained.cached}
-            results.append({"recipe": name, "checkpoint": str(trained.path)} | details)
+            budget = {"tokens": trained.tokens, "target_forwards": trained.target_forwards, "seconds": trained.seconds}
+            details = {"heldout_tau": trained.heldout.get("tau"), "cached": trained.cached}
+            results.append({"recipe": name, "checkpoint": str(trained.path)} | budget | details)
     if as_json:
         _print_json({"schema": 1, "drafters": results})
     else:
         for result in results:
-            shown = {key: f"{value:.0f}" if isinstance(value, float) else value for key, value in result.items()}
+            shown = {k: f"{v:.3f}" if k == "heldout_tau" else f"{v:.0f}" if isinstance(v, float) else v
+                     for k, v in result.items() if v is not None}  # fmt: skip
             typer.echo("  ".join(f"{key}: {value}" for key, value in shown.items()))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from vsdbench.config import content_hash, load_yaml
 from vsdbench.errors import ConfigError
+from vsdbench_drafters.training.contest import members
 from vsdbench_drafters.training.recipe import ObjectiveConfig, load_recipe, make_objective
 from vsdbench_drafters.training.train import estimate
 
@@ -21,10 +22,11 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_named_as_its_file(path):
-    recipe = load_recipe(path)
-    assert recipe.name == path.stem
-    assert recipe.description.endswith(".")
-    assert make_objective(recipe.objective).name == recipe.objective.type
+    for name in members(path):
+        recipe = load_recipe(name)
+        assert recipe.name == path.stem + name.removeprefix(str(path))
+        assert recipe.description.endswith(".")
+        assert make_objective(recipe.objective).name == recipe.objective.type
 
 
 def test_quickstart_recipes_differ_in_the_objective_only():

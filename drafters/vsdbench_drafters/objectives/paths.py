@@ -28,8 +28,6 @@ _SCORE_ROWS = 64  # contexts whose whole-vocabulary logits are alive at a time
 class BranchingTarget(Protocol):
     """The part of a target that scores drafted tokens."""
 
-    device: torch.device
-
     def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Return ``[n, H_target]`` last normed hidden states of n tokens that see what ``[n, n]`` bool says."""
 

@@ -192,6 +192,7 @@ class BatchMaker:
         head: ``[V, H]`` the target's LM head.
         drafter: Gives the draft vocabulary.
         target: For objectives that ask the target about drafted tokens; None where none does.
+        num_forwards: Forwards of the target so far, a sequence each: for features, and for drafted tokens.
     """
 
     sequences: Sequence[Sequenced]
@@ -199,6 +200,7 @@ class BatchMaker:
     head: Tensor
     drafter: DraftModel
     target: BranchingTarget | None = None
+    num_forwards: int = 0
     _draft_head: Tensor | None = field(default=None, repr=False)
     _table: Tensor | None = field(default=None, repr=False)
 
@@ -213,13 +215,23 @@ class BatchMaker:
             self._draft_head = self.head.detach()[self.drafter.draft_ids].clone()
             self._table = self.drafter.target_to_draft
         states = self.source.hidden(indices)
+        self.num_forwards += len(indices) if isinstance(self.source, OnlineFeatures) else 0
         chosen = [self.sequences[i] for i in indices]
         ids = [[int(token) for token in sequence.ids] for sequence in chosen]
         width = states.shape[-1] // 4
         prompt_lens = [sequence.prompt_len for sequence in chosen]
         batch = DraftBatch.pack(ids, prompt_lens, states[:, : 3 * width], seed=seed)
         rows = states[batch.slots + 1, 3 * width :]
-        return batch, TargetView(rows, self._draft_head, self._table, self.head, self.target)
+        return batch, TargetView(rows, self._draft_head, self._table, self.head, self.target and self)
+
+    # A view asks the target through its maker, which counts (protocol ``BranchingTarget``).
+
+    def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Ask the target about drafted tokens."""
+        if self.target is None:
+            raise ConfigError("this objective asks the target about drafted tokens, and has none to ask.")
+        self.num_forwards += 1
+        return self.target.branch_states(ids, positions, visible)
 
 
 def plan_batches(num_rows: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:

@@ -1,25 +1,38 @@
-"""What a drafter is worth on answers it was not trained on: agreement with the target, step by step.
+"""What a drafter is worth on prompts it was not trained on: agreement with the target, and real decoding.
 
-``tau_chain`` is the number that training is steered by: the expected tokens of a verification step when chains of
-four are drafted greedily along the held-out answers. It costs one training-time test and needs no decoding.
+``tau_chain`` costs one training-time test and no decoding: the expected tokens of a verification step when chains of
+four are drafted greedily along the held-out answers. ``tau`` is what the decoder itself does with the drafter as it is
+now, tree and all; selection goes by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsdbench.decoding.engine import DecodeSettings, decode
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView, unroll
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vsdbench.decoding.interfaces import Drafter
+    from vsdbench.models.target import Target
     from vsdbench_drafters.training.features import BatchMaker
 
 NUM_STEPS = 4
+
+
+class Evaluator(Protocol):
+    """Judges a drafter during training."""
+
+    def evaluate(self, drafter: DraftModel, *, autocast: bool) -> dict[str, float]:
+        """Return numbers by name; more is better in none but those that a recipe selects by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +103,42 @@ class HeldOut:
                 values = torch.stack([alive.float(), agreed.float(), overlap * keep, divergence * keep])
                 sums[step] += values.double().sum(-1).cpu()
                 counts[step] += float(keep.sum())
+
+
+class DecodedHeldOut:
+    """Held-out numbers with ``tau``: held-out prompts decoded with the drafter as it is (protocol ``Evaluator``).
+
+    Args:
+        scores: The numbers that need no decoding; None: none.
+        target: The target.
+        prompts: Prompt token ids.
+        settings: How they are decoded.
+        build: Makes the decode-time drafter of a model.
+    """
+
+    def __init__(
+        self,
+        scores: HeldOut | None,
+        target: Target,
+        prompts: Sequence[Sequence[int]],
+        settings: DecodeSettings,
+        build: Callable[[DraftModel], Drafter],
+    ) -> None:
+        self._scores = scores
+        self._target = target
+        self._prompts = prompts
+        self._settings = settings
+        self._build = build
+
+    def evaluate(self, drafter: DraftModel, *, autocast: bool) -> dict[str, float]:
+        """Return ``HeldOut``'s numbers, ``tau``, and ``kept_at_depth_d``: drafts kept at depth d, a step."""
+        found = {} if self._scores is None else self._scores.evaluate(drafter, autocast=autocast)
+        decoder = self._build(drafter)
+        steps = [
+            step for prompt in self._prompts for step in decode(self._target, decoder, prompt, self._settings).steps
+        ]
+        count = max(1, len(steps))
+        found["tau"] = sum(step.num_emitted for step in steps) / count
+        for depth in range(1, self._settings.shape.depth + 1):
+            found[f"kept_at_depth_{depth}"] = sum(step.num_accepted >= depth for step in steps) / count
+        return found

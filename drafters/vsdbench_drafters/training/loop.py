@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
@@ -27,10 +28,10 @@ from vsdbench_drafters.training.optim import lr_scale, make_optimisers
 
 if TYPE_CHECKING:
     from vsdbench_drafters.objectives.base import DraftModel, Objective
-    from vsdbench_drafters.training.heldout import HeldOut
+    from vsdbench_drafters.training.heldout import Evaluator
     from vsdbench_drafters.training.recipe import TrainingConfig
 
-_EVALUATIONS = 12  # over a whole training
+_EVALUATIONS = 12  # over a whole training, where a recipe does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,10 @@ class TrainingLoop:
         model: The drafter, float32 weights.
         objective: What is minimised.
         maker: Makes batches from the training data.
-        heldout: Scored now and then and at the end; None: never.
+        heldout: Judges the drafter now and then and at the end; None: never.
         config: How to train.
+        evaluations: How often, the one at the end included.
+        select: A held-out number; the weights of the evaluation where it was highest are kept. None: those of the end.
         autocast: bfloat16 products.
         folder: For ``resume.safetensors`` and ``log.jsonl``.
         key: Hash of this training: a checkpoint of another one is not resumed.
@@ -64,11 +67,13 @@ class TrainingLoop:
         model: DraftModel,
         objective: Objective,
         maker: BatchMaker,
-        heldout: HeldOut | None,
+        heldout: Evaluator | None,
         config: TrainingConfig,
         autocast: bool,
         folder: Path,
         key: str,
+        evaluations: int = _EVALUATIONS,
+        select: str | None = None,
     ) -> None:
         self.model = model
         self._objective = objective
@@ -86,6 +91,12 @@ class TrainingLoop:
         self._rows = rows
         self._metrics: dict[str, float] = {}
         self._sums: dict[str, list[float]] = {}
+        self._evaluations = evaluations
+        self._select = select
+        self._best: dict[str, Tensor] = {}
+        self._best_value = -math.inf
+        self.best_step = 0
+        self.seconds = 0.0
 
     def _plan(self, rows: list[int]) -> list[list[list[int]]]:
         """Return the batches of every optimiser step of the whole training.
@@ -109,6 +120,11 @@ class TrainingLoop:
         """Optimiser steps of the whole training."""
         return len(self._steps)
 
+    @property
+    def target_forwards(self) -> int:
+        """Forwards of the target so far, a sequence each."""
+        return self._maker.num_forwards
+
     def run(self, *, resume: bool = True, report: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Train to the end, then put the averaged weights in place if there are any.
 
@@ -122,15 +138,16 @@ class TrainingLoop:
         done = self._restore() if resume else 0
         tokens = sum(self._rows[i] for step in self._steps[:done] for batch in step for i in batch)
         saved = time.monotonic()
-        every = max(1, self.num_steps // _EVALUATIONS)
+        marks = {self.num_steps * i // self._evaluations for i in range(1, self._evaluations)}
         progress = Progress(done, self.num_steps, tokens, float("nan"), {})
         with _interruptible() as interrupted:
             for step in range(done, self.num_steps):
+                begun = time.monotonic()
                 loss = self._step(step)
+                self.seconds += time.monotonic() - begun
                 tokens += sum(self._rows[i] for batch in self._steps[step] for i in batch)
-                if self._heldout is not None and (step + 1) % every == 0 and step + 1 < self.num_steps:
-                    self._metrics = self._heldout.evaluate(self.model, autocast=self._autocast)
-                    self._log(step + 1, tokens, loss)
+                if step + 1 in marks:
+                    self._evaluate(step + 1, tokens, loss)
                 progress = Progress(step + 1, self.num_steps, tokens, loss, self._metrics)
                 report(progress)
                 if not self._whole_round(step + 1):
@@ -170,10 +187,21 @@ class TrainingLoop:
         with torch.no_grad():
             for name, mean in self._average.items():
                 self._trained[name].copy_(mean)
-        if self._heldout is not None:
-            self._metrics = self._heldout.evaluate(self.model, autocast=self._autocast)
-            self._log(progress.step, progress.tokens, progress.loss)
+        self._evaluate(progress.step, progress.tokens, progress.loss)
+        with torch.no_grad():
+            for name, tensor in self._best.items():
+                self._trained[name].copy_(tensor)
         return Progress(progress.step, progress.num_steps, progress.tokens, progress.loss, self._metrics)
+
+    def _evaluate(self, step: int, tokens: int, loss: float) -> None:
+        """Judge the drafter as it is, log it, and keep its weights if it is the best so far."""
+        if self._heldout is None:
+            return
+        self._metrics = self._heldout.evaluate(self.model, autocast=self._autocast)
+        self._log(step, tokens, loss)
+        if self._select is not None and self._metrics[self._select] > self._best_value:
+            self._best_value, self.best_step = self._metrics[self._select], step
+            self._best = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @property
     def _state_path(self) -> Path:
@@ -185,6 +213,13 @@ class TrainingLoop:
             "model": model,
             "optimiser": self._optimisers.state(),
             "average": self._average,
+            "best": self._best,
+            "counters": {
+                "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+                "target_forwards": torch.tensor(self._maker.num_forwards),
+                "best_value": torch.tensor(self._best_value, dtype=torch.float64),
+                "best_step": torch.tensor(self.best_step),
+            },
         }
         save_state(self._state_path, groups, step=step, key=self._key)
 
@@ -200,6 +235,10 @@ class TrainingLoop:
             for name, mean in self._average.items():
                 mean.copy_(groups["average"][name])
         self._optimisers.load_state(groups["optimiser"])
+        counters = groups["counters"]
+        self.seconds, self._maker.num_forwards = float(counters["seconds"]), int(counters["target_forwards"])
+        self._best_value, self.best_step = float(counters["best_value"]), int(counters["best_step"])
+        self._best = groups.get("best", {})
         return step
 
     def _log(self, step: int, tokens: int, loss: float) -> None:

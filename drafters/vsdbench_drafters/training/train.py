@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,12 @@ import torch
 from rich.console import Console
 
 from vsdbench.config import content_hash
+from vsdbench.decoding.engine import DecodeSettings
+from vsdbench.decoding.interfaces import TreeShape
+from vsdbench.decoding.sampling import SamplingParams
+from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
-from vsdbench_drafters.architectures.trainable import fresh_model
+from vsdbench_drafters.architectures.trainable import fresh_model, load_model
 from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
 from vsdbench_drafters.training.features import (
     BatchMaker,
@@ -28,12 +31,13 @@ from vsdbench_drafters.training.features import (
     num_bytes,
     plan_batches,
 )
-from vsdbench_drafters.training.heldout import HeldOut
+from vsdbench_drafters.training.heldout import DecodedHeldOut, HeldOut
 from vsdbench_drafters.training.loop import Progress, TrainingLoop
 from vsdbench_drafters.training.recipe import RecipeConfig, load_recipe, make_objective
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
+    from vsdbench_drafters.objectives.base import DraftModel
     from vsdbench_drafters.training.shards import TrainingData
 
 _FORMAT = 1  # raised when the same recipe would train other weights
@@ -55,6 +59,9 @@ class TrainedDrafter:
         seconds: What training it took (data apart), when it was trained.
         tokens: Response tokens seen, every epoch counted.
         objective: Name of its objective.
+        target_forwards: Forwards of the target, a sequence each, for features and drafted tokens (not for the data).
+        heldout: What it showed on held-out prompts, if it was judged.
+        warm_start: The drafter that it started from, if any.
     """
 
     path: Path
@@ -62,6 +69,9 @@ class TrainedDrafter:
     seconds: float
     tokens: int
     objective: str
+    target_forwards: int = 0
+    heldout: dict[str, float] = field(default_factory=dict)
+    warm_start: TrainedDrafter | None = None
 
 
 def train(
@@ -91,27 +101,27 @@ def train(
     folder = cache_dir() / "drafters" / drafter_key(recipe, target)
     if (found := _open(folder)) is not None:
         return found
+    warm = train(recipe.warm_start, target=target, console=console, resume=resume) if recipe.warm_start else None
     data = ensure_data(recipe.data, target, console=console)
-    begun = time.monotonic()
-    vocabulary, coverage = draft_vocabulary(
-        data.sequences, target.vocab_size, recipe.architecture.draft_vocab_size, sorted(target.eos_ids)
-    )
+    model, words = _initial(recipe, target, data, warm)
     console.print(
         f"Training {recipe.name}: {data.num_response_tokens:,} response tokens, {recipe.training.epochs} epoch(s); "
-        f"draft vocabulary {len(vocabulary):,} covers {coverage:.1%} of them."
+        f"{words}.",
+        highlight=False,
     )
-    loop, final = _run(recipe, target, data, vocabulary=vocabulary, folder=folder, console=console, resume=resume)
-    seconds = time.monotonic() - begun
+    loop, final = _run(recipe, target, data, model=model, folder=folder, console=console, resume=resume)
     summary = {
         "recipe": recipe.model_dump(mode="json"),
-        "recipe_hash": content_hash(recipe.content()),
+        "recipe_hash": _recipe_hash(recipe),
         "target": target.name,
         "target_fingerprint": target.fingerprint,
         "data_fingerprint": data.fingerprint,
         "objective": recipe.objective.type,
-        "coverage": coverage,
+        "warm_start": warm.path.name if warm else None,
         "tokens": final.tokens,
-        "seconds": seconds,
+        "seconds": loop.seconds,
+        "target_forwards": loop.target_forwards + (len(data.sequences) if recipe.training.features == "cached" else 0),
+        "selected_step": loop.best_step if recipe.evaluation and recipe.evaluation.select == "best" else final.step,
         "heldout": final.heldout,
     }
     loop.model.save(folder)
@@ -119,14 +129,24 @@ def train(
     partial.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(folder / "training.json")  # written last: a folder that has it is complete
     (folder / "resume.safetensors").unlink(missing_ok=True)
-    return TrainedDrafter(folder, False, seconds, final.tokens, recipe.objective.type)
+    trained = _open(folder)
+    assert trained is not None
+    return replace(trained, cached=False, warm_start=warm)
 
 
 def drafter_key(recipe: RecipeConfig, target: Target) -> str:
-    """Return the hash of everything that determines the weights: recipe, target, data, dtype."""
-    return content_hash(
-        [_FORMAT, recipe.content(), target.fingerprint, str(target.dtype), data_key(recipe.data, target)]
-    )
+    """Return the hash of everything that determines the weights: recipe, target, data, dtype, the warm start's own."""
+    parts = [_FORMAT, recipe.content(), target.fingerprint, str(target.dtype), data_key(recipe.data, target)]
+    if recipe.warm_start is not None:
+        parts.append(drafter_key(load_recipe(recipe.warm_start), target))
+    return content_hash(parts)
+
+
+def _recipe_hash(recipe: RecipeConfig) -> str:
+    """Return the hash of what a recipe and its warm start say, whatever the target."""
+    if recipe.warm_start is None:
+        return content_hash(recipe.content())
+    return content_hash([recipe.content(), _recipe_hash(load_recipe(recipe.warm_start))])
 
 
 def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[str, Any]:
@@ -137,7 +157,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
     ``bytes`` of the cache. The rates are those of the embedded target on two idle CPU cores.
     """
     key = content_hash(recipe.data.model_dump(mode="json", exclude={"slots"}))
-    wanted = (content_hash(recipe.content()), target_name or recipe.target)
+    wanted = (_recipe_hash(recipe), target_name or recipe.target)
     for path in (cache_dir() / "drafters").glob("*/training.json"):
         summary = describe(path)
         if (summary.get("recipe_hash"), summary.get("target")) == wanted:
@@ -152,6 +172,8 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
         data_s += total / _FEATURE_TOKENS_PER_S
     else:
         training_s += total * epochs / _FEATURE_TOKENS_PER_S
+    if recipe.warm_start is not None:
+        training_s += estimate(load_recipe(recipe.warm_start), target_name=target_name)["seconds"]
     return {
         "cached": False,
         "data_key": key,
@@ -166,7 +188,28 @@ def _open(folder: Path) -> TrainedDrafter | None:
     summary = describe(folder / "training.json")
     if not summary or not (folder / "model.safetensors").is_file():
         return None
-    return TrainedDrafter(folder, True, summary["seconds"], summary["tokens"], summary["objective"])
+    return TrainedDrafter(
+        folder,
+        True,
+        summary["seconds"],
+        summary["tokens"],
+        summary["objective"],
+        summary.get("target_forwards", 0),
+        summary.get("heldout", {}),
+    )
+
+
+def _initial(
+    recipe: RecipeConfig, target: Target, data: TrainingData, warm: TrainedDrafter | None
+) -> tuple[DraftModel, str]:
+    """Return the drafter that training starts from, and what it is, in words."""
+    if warm is not None:
+        return load_model(recipe.architecture, warm.path, target), f"from the drafter of '{recipe.warm_start}'"
+    vocabulary, coverage = draft_vocabulary(
+        data.sequences, target.vocab_size, recipe.architecture.draft_vocab_size, sorted(target.eos_ids)
+    )
+    model = fresh_model(recipe.architecture, target, vocabulary, seed=recipe.training.seed)
+    return model, f"draft vocabulary {len(vocabulary):,} covers {coverage:.1%} of them"
 
 
 def _run(
@@ -174,39 +217,63 @@ def _run(
     target: Target,
     data: TrainingData,
     *,
-    vocabulary: torch.Tensor,
+    model: DraftModel,
     folder: Path,
     console: Console,
     resume: bool,
 ) -> tuple[TrainingLoop, Progress]:
-    config = recipe.training
-    model = fresh_model(recipe.architecture, target, vocabulary, seed=config.seed)
+    config, evaluation = recipe.training, recipe.evaluation
     head = target.model.get_output_embeddings().weight
-    train_maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
-    heldout_maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
-    rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.heldout]
-    heldout = HeldOut(heldout_maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
+    maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
     autocast = target.dtype == torch.bfloat16 if config.autocast == "auto" else config.autocast
     loop = TrainingLoop(
         model=model,
         objective=make_objective(recipe.objective),
-        maker=train_maker,
-        heldout=heldout,
+        maker=maker,
+        heldout=_evaluator(recipe, target, data, model),
         config=config,
         autocast=autocast,
         folder=folder,
         key=folder.name,
+        **({} if evaluation is None else {"evaluations": evaluation.times}),
+        select="tau" if evaluation is not None and evaluation.select == "best" else None,
     )
     with _bar(console) as bar:
         task = bar.add_task("Training", total=loop.num_steps, status="")
 
         def report(progress: Progress) -> None:
-            tau = progress.heldout.get("tau_chain")
+            tau = progress.heldout.get("tau", progress.heldout.get("tau_chain"))
             status = f"loss {progress.loss:.3f}" + (f", held-out tau {tau:.3f}" if tau else "")
             bar.update(task, completed=progress.step, status=status)
 
         final = loop.run(resume=resume, report=report)
     return loop, final
+
+
+def _evaluator(
+    recipe: RecipeConfig, target: Target, data: TrainingData, model: DraftModel
+) -> HeldOut | DecodedHeldOut | None:
+    """Return what judges the drafter on held-out answers and, where the recipe wants it, by decoding their prompts."""
+    head = target.model.get_output_embeddings().weight
+    maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
+    rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.heldout]
+    scores = HeldOut(maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
+    wanted = recipe.evaluation
+    if wanted is None:
+        return scores
+    prompts = [[int(token) for token in s.ids[: s.prompt_len]] for s in list(data.heldout)[: wanted.prompts]]
+    if len(prompts) < wanted.prompts:
+        raise ConfigError(
+            f"evaluation.prompts is {wanted.prompts}, but the data has {len(prompts)} held-out prompts: raise "
+            "data.num_heldout or lower evaluation.prompts."
+        )
+    settings = DecodeSettings(
+        max_new_tokens=wanted.max_new_tokens,
+        shape=TreeShape(**wanted.tree.model_dump()),
+        rule="coupled" if wanted.temperature else "greedy",
+        sampling=SamplingParams(temperature=wanted.temperature),
+    )
+    return DecodedHeldOut(scores, target, prompts, settings, lambda drafter: drafter.drafter(target.dtype))
 
 
 def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
