@@ -9,8 +9,8 @@ from tests.decoding.tiny import make_prompt, make_target
 from tests.drafters.test_eagle3_decoding import DRAFT_IDS, make_drafter_model
 
 from vsdbench.models.target import Target
-from vsdbench_drafters.architectures.eagle3 import DraftContext, Eagle3Model
-from vsdbench_drafters.objectives.base import DraftBatch, TargetView
+from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, TargetView
 from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
 
 

@@ -1,0 +1,340 @@
+"""What the drafters of one transformer layer share: dimensions, the layer, and how it is unrolled in training.
+
+Slot t has the target's features of token t, projected to H, and the embedding of token t + 1. EAGLE-3 and EAGLE-1/2
+differ in the projection and in how both are mixed into the layer's input; attention, recurrence and checkpoints are
+the same. The decode-time counterpart is ``one_layer_drafter``.
+
+Shape legend: N packed tokens, R rows of the loss, H drafter width, V target vocabulary, Vd draft vocabulary, A heads,
+G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vsdbench.config import Config, parse
+from vsdbench.errors import ConfigError
+from vsdbench_drafters.architectures.checkpoints import write_tensors
+from vsdbench_drafters.architectures.layers import RMSNorm, apply_rotary, rotary
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vsdbench.models.target import Target
+
+FIRST_SHARE = 0.3
+"""Share of what the target last thought that a fresh drafter starts with: the guess is confident and one token late."""
+
+
+class LayerConfig(Config):
+    """Dimensions of one drafter, named as in a Llama ``config.json``.
+
+    Attributes:
+        vocab_size: V. ``draft_vocab_size``: Vd.
+        rope_theta: Base of the rotary embedding, of the drafter's own (10000 where a checkpoint does not say).
+    """
+
+    label: ClassVar[str]
+    """What a checkpoint is called in messages."""
+    described_as: ClassVar[dict[str, Any]]
+    """Keys of ``config.json`` that say the same of every checkpoint of this kind."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def for_target(cls, target: Target, draft_vocab_size: int) -> Self:
+        """Return a drafter layer with the dimensions of the target's own layers."""
+        config = target.config
+        heads = int(config.num_attention_heads)
+        rope = getattr(config, "rope_parameters", None) or {}
+        known = {
+            "hidden_size": target.hidden_size,
+            "target_hidden_size": target.hidden_size,
+            "intermediate_size": int(config.intermediate_size),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+            "head_dim": int(getattr(config, "head_dim", None) or target.hidden_size // heads),
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
+            "rms_norm_eps": float(getattr(config, "rms_norm_eps", 1e-5)),
+            "rope_theta": float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
+        }
+        return cls(**{key: value for key, value in known.items() if key in cls.model_fields})
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a checkpoint's ``config.json``.
+
+        Raises:
+            ConfigError: No such file, not JSON, a missing dimension, or a rope scaling that is not implemented.
+        """
+        path = folder / "config.json"
+        try:
+            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"'{folder}' is no {cls.label} checkpoint: its config.json is missing or not JSON ({error})."
+            ) from error
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"{path}: rope type '{kind}' is not supported in a drafter; only the plain one is.")
+        heads = int(raw.get("num_attention_heads") or 1)
+        derived = {
+            "num_key_value_heads": heads,
+            "head_dim": int(raw.get("hidden_size") or 0) // heads,
+            "target_hidden_size": raw.get("hidden_size"),
+            "draft_vocab_size": raw.get("vocab_size"),
+        }
+        if rope.get("rope_theta") is not None:
+            derived["rope_theta"] = rope["rope_theta"]
+        said = derived | {key: value for key, value in raw.items() if value is not None}
+        return parse(cls, {key: value for key, value in said.items() if key in cls.model_fields}, where=str(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the flat Llama config that a checkpoint carries."""
+        fixed = {"model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu", "tie_word_embeddings": False}
+        return {**fixed, **self.described_as, **self.model_dump()}
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: LayerConfig, width: int, *, bias: bool) -> None:
+        super().__init__()
+        wide = config.num_attention_heads * config.head_dim
+        narrow = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, wide, bias=bias)
+        self.k_proj = nn.Linear(width, narrow, bias=bias)
+        self.v_proj = nn.Linear(width, narrow, bias=bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=False)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """SwiGLU."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DraftLayer(nn.Module):
+    """A Llama layer.
+
+    Args:
+        config: Its dimensions.
+        width: Of the attention's input.
+        bias: Queries, keys and values have one.
+        norms: Names of further norms of width H, for what is mixed into the input.
+    """
+
+    def __init__(self, config: LayerConfig, width: int, *, bias: bool = False, norms: Sequence[str] = ()) -> None:
+        super().__init__()
+        for name in norms:
+            self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = _Attention(config, width, bias=bias)
+        self.mlp = _Mlp(config)
+
+
+@dataclass(slots=True)
+class LayerContext:
+    """What the training-time test remembers of a batch: keys and values of step 0, then the diagonal of each step.
+
+    Attributes:
+        batch: The batch.
+        hidden: ``[R, H]`` outputs that recur in the next step (``[N, H]`` projected features before step 0).
+        keys: ``[N, G, D]`` of step 0 at every slot, the prompt's included. ``values``: likewise.
+        slots: ``[R]`` int64, flat slot index of every row.
+        positions: ``[R]`` int64, the same relative to the row's sequence.
+        spans: ``(start, keys, rows)`` of every sequence that has rows: its first token, how many keys of step 0 it
+            has, and which rows are its own.
+        masks: ``[rows, keys]`` bool of every span: keys behind the row's own slot.
+        diagonal_keys: ``[R, G, D]`` of every later step. ``diagonal_values``: likewise.
+    """
+
+    batch: DraftBatch
+    hidden: Tensor
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    positions: Tensor
+    spans: list[tuple[int, int, slice]]
+    masks: list[Tensor]
+    started: bool = False
+    diagonal_keys: list[Tensor] = field(default_factory=list)
+    diagonal_values: list[Tensor] = field(default_factory=list)
+
+    def select(self, rows: Tensor) -> LayerContext:
+        """Return a context of these rows, ``[n]`` int64, repeats allowed, those of one sequence standing together.
+
+        Both contexts go on independently; where paths branch, the rows of a level name their parents' rows.
+        """
+        spans, masks, first = [], [], 0
+        for (start, length, own), mask in zip(self.spans, self.masks, strict=True):
+            mine = rows[(rows >= own.start) & (rows < own.stop)] - own.start
+            if len(mine):
+                spans.append((start, length, slice(first, first + len(mine))))
+                masks.append(mask[mine])
+                first += len(mine)
+        return LayerContext(
+            self.batch,
+            self.hidden[rows] if self.started else self.hidden,
+            self.keys,
+            self.values,
+            self.slots[rows],
+            self.positions[rows],
+            spans,
+            masks,
+            self.started,
+            [key[rows] for key in self.diagonal_keys],
+            [value[rows] for value in self.diagonal_values],
+        )
+
+
+class OneLayerModel(DraftModel):
+    """Base of the trainable drafters of one layer.
+
+    A subclass has ``fc``, a layer, and says by ``project`` and ``mix`` what enters the layer.
+
+    Args:
+        config: Dimensions.
+        embeddings: ``[V, H]`` token embeddings: frozen, never saved.
+        draft_ids: ``[Vd]`` int64, the target ids of the draft vocabulary in increasing order.
+    """
+
+    fc: nn.Linear
+
+    def __init__(self, config: LayerConfig, embeddings: Tensor, draft_ids: Tensor) -> None:
+        super().__init__(draft_ids, config.vocab_size)
+        self.config = config
+        self.embeddings: Tensor
+        self.register_buffer("embeddings", embeddings.detach(), persistent=False)
+
+    @property
+    def layer(self) -> DraftLayer:
+        """The layer."""
+        raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return ``[n, H]``, what recurs as the output does, made from ``[n, 4H_target]`` features."""
+        raise NotImplementedError
+
+    def mix(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention's input and the residual ``[n, H]`` of n tokens.
+
+        Args:
+            embedded: ``[n, H]`` embeddings of the following tokens.
+            hidden: ``[n, H]`` projected features, or outputs of the step before.
+        """
+        raise NotImplementedError
+
+    def randomise(self, seed: int) -> None:
+        """Draw all matrices."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() == 2:
+                    # Output projections enter the residual stream and start smaller, as in GPT-2.
+                    scale = 0.5**0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02 * scale, generator=generator))
+
+    # ---- training-time test ----
+
+    def start(self, batch: DraftBatch) -> LayerContext:
+        """Return the context of a batch's rows before any step, keys and values of step 0 included."""
+        hidden = self.project(batch.features.to(self.fc.weight.dtype))
+        keys, values = self._prefix(batch, hidden)
+        spans, masks, positions = [], [], []
+        for span in batch.spans:
+            slots = torch.arange(span.first_slot, span.length - 2, device=hidden.device)
+            every = torch.arange(span.length - 2, device=hidden.device)
+            masks.append(every[None] > slots[:, None])
+            positions.append(slots)
+            spans.append((span.start, span.length - 2, slice(span.first_row, span.first_row + span.num_rows)))
+        return LayerContext(batch, hidden, keys, values, batch.slots, torch.cat(positions), spans, masks)
+
+    def advance(self, context: LayerContext, tokens: Tensor) -> Tensor:
+        """Run one step with ``[R]`` input tokens; return ``[R, H]`` un-normed outputs, which recur in the next step."""
+        layer, first = self.layer, not context.started
+        hidden = context.hidden[context.slots] if first else context.hidden
+        x, residual = self.mix(self._embed(tokens, hidden), hidden)
+        positions = context.positions + len(context.diagonal_keys) + (0 if first else 1)
+        queries = self._rotate(layer.self_attn.q_proj(x), positions)
+        if not first:
+            context.diagonal_keys.append(self._rotate(layer.self_attn.k_proj(x), positions))
+            context.diagonal_values.append(layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim))
+        hidden = residual + layer.self_attn.o_proj(self._attend(context, queries))
+        context.hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        context.started = True
+        return context.hidden
+
+    def _embed(self, tokens: Tensor, like: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embeddings).to(like.dtype)
+
+    def _prefix(self, batch: DraftBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of step 0 at every slot, ``[N, G, D]`` each."""
+        layer = self.layer
+        following = torch.roll(batch.tokens, -1)  # the last slot of a sequence is wrong here, and never attended to
+        x, _ = self.mix(self._embed(following, hidden), hidden)
+        positions = torch.zeros(len(batch.tokens), dtype=torch.int64, device=hidden.device)
+        for span in batch.spans:
+            positions[span.start : span.start + span.length] = torch.arange(span.length, device=hidden.device)
+        values = layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim)
+        return self._rotate(layer.self_attn.k_proj(x), positions), values
+
+    def _rotate(self, flat: Tensor, positions: Tensor) -> Tensor:
+        """Return ``[n, heads, D]`` with the rotary embedding of ``positions`` applied."""
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, flat.dtype)
+        return apply_rotary(flat.view(len(flat), -1, self.config.head_dim), cos[:, None], sin[:, None])
+
+    def _attend(self, context: LayerContext, queries: Tensor) -> Tensor:
+        """Return ``[R, A * D]``: attention to step 0's keys up to the own slot, and to the own later steps."""
+        groups, width = self.config.num_key_value_heads, self.config.head_dim
+        grouped = queries.view(len(queries), groups, -1, width) * width**-0.5  # [R, G, A/G, D]
+        own_scores = [(grouped * key[:, :, None]).sum(-1) for key in context.diagonal_keys]
+        own = torch.stack(own_scores, dim=-1) if own_scores else None  # [R, G, A/G, steps]
+        outputs, own_weights = [], []
+        for (start, length, rows), mask in zip(context.spans, context.masks, strict=True):
+            prefix, count = slice(start, start + length), rows.stop - rows.start
+            query = grouped[rows].permute(1, 2, 0, 3).flatten(1, 2)  # [G, A/G * r, D]
+            keys, values = context.keys[prefix].transpose(0, 1), context.values[prefix].transpose(0, 1)
+            scores = (query @ keys.transpose(1, 2)).view(groups, -1, count, length)  # [G, A/G, r, prefix]
+            scores = scores.masked_fill(mask, -torch.inf)
+            if own is not None:
+                scores = torch.cat([scores, own[rows].permute(1, 2, 0, 3)], dim=-1)
+            weights = torch.softmax(scores, dim=-1)
+            mixed = (weights[..., :length].to(values.dtype).flatten(1, 2) @ values).view(groups, -1, count, width)
+            outputs.append(mixed.permute(2, 0, 1, 3))
+            own_weights.append(weights[..., length:].permute(2, 0, 1, 3))
+        mixed_all = torch.cat(outputs)
+        if own is not None:
+            shares = torch.cat(own_weights)  # [R, G, A/G, steps]
+            for step, value in enumerate(context.diagonal_values):
+                mixed_all = mixed_all + shares[..., step, None] * value[:, :, None]
+        return mixed_all.flatten(1)
+
+    # ---- checkpoints ----
+
+    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` in the public format; ``extra`` keys join the config."""
+        write_tensors(folder, self.state_dict(), {**self.config.to_json(), **(extra or {})})
