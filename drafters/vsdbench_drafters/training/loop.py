@@ -77,6 +77,8 @@ class TrainingLoop:
     ) -> None:
         self.model = model
         self._objective = objective
+        if begin := getattr(objective, "begin", None):
+            begin(model)  # the drafter as it is before training, and before a checkpoint is loaded into it
         self._maker = maker
         self._heldout = heldout
         self._config = config
