@@ -29,7 +29,7 @@ def test_trained_drafters_are_found_again(name, expected):
 
 def test_an_unknown_architecture_and_an_option_it_does_not_have():
     path = FOLDER / "eagle3-kl-quickstart.yaml"
-    with pytest.raises(ConfigError, match="'architecture.type' is 'eagle33'"):
+    with pytest.raises(ConfigError, match=r"'architecture\.type' is 'eagle33'"):
         load_recipe(path, ["architecture.type=eagle33"])
-    with pytest.raises(ConfigError, match="unknown key 'architecture.num_layers'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'architecture\.num_layers'"):
         load_recipe(path, ["architecture.num_layers=2"])

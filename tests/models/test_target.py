@@ -26,12 +26,12 @@ def path_of(tree, row):
 
 
 def stock_forward(family, tokens, features=(0,)):
-    """Logits of an untouched model with its own masks, and what enters the layers in ``features``."""
+    """Logits of an untouched model with its own masks; what enters the layers in ``features`` and leaves the last."""
     model = make_model(family).eval()
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(torch.tensor([tokens]), output_hidden_states=True)
-    return output.logits[0], torch.cat([output.hidden_states[layer][0] for layer in features], dim=-1)
+    return output.logits[0], torch.cat([output.hidden_states[layer][0] for layer in (*features, -1)], dim=-1)
 
 
 def begun(target, root=4, extra=32):
@@ -164,7 +164,7 @@ def test_float32_with_packed_weights_agrees_and_hands_back_the_plain_model():
 def test_feature_layers(layers, expected):
     target = make_target(num_hidden_layers=layers)
     assert target.feature_layers == expected
-    assert target.prefill(PROMPT, 32).features.shape == (len(PROMPT), 3 * target.hidden_size)
+    assert target.prefill(PROMPT, 32).features.shape == (len(PROMPT), 4 * target.hidden_size)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -251,7 +251,7 @@ def test_a_cut_target_forgets_the_cache_of_the_whole_one():
     target.keep_layers(2)
     state = target.prefill(PROMPT, 32)
     assert len(state.cache.layers) == 2
-    assert state.features.shape == (len(PROMPT), 3 * target.hidden_size)
+    assert state.features.shape == (len(PROMPT), 4 * target.hidden_size)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class Eagle3Layer:
         self.device = model.fc.weight.device
         self.embeddings = model.embeddings.to(dtype)
         self.fc = product(cast(model.fc.weight))
+        self.feature_width = model.fc.in_features
         self.qkv = product(cast(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         self.out = product(cast(attention.o_proj.weight))
         self.gate_up = product(cast(mlp.gate_proj.weight, mlp.up_proj.weight))
@@ -77,8 +78,8 @@ class Eagle3Layer:
         self.cos, self.sin = rotary(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
 
     def project(self, features: Tensor) -> Tensor:
-        """Return ``[n, H]``, the layer's input made from ``[n, 3H]`` target features."""
-        return self.fc(features.to(self.dtype))
+        """Return ``[n, H]``, the layer's input made from ``[n, 4H]`` target features."""
+        return self.fc(features[:, : self.feature_width].to(self.dtype))
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, positions: Tensor | slice, row: int, hide: Tensor | None

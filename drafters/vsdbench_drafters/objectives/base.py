@@ -52,7 +52,7 @@ class DraftBatch:
 
     Attributes:
         tokens: ``[N]`` int64.
-        features: ``[N, 3H_target]`` features of the target, slot by slot.
+        features: ``[N, 4H_target]`` features of the target, slot by slot (see ``interfaces.TargetOutput``).
         spans: The sequences, in packed order.
         slots: ``[R]`` int64, flat slot index of every row.
         ends: ``[R]`` int64, flat index just behind the last token of the row's sequence.
@@ -70,7 +70,7 @@ class DraftBatch:
     def pack(
         cls, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], features: Tensor, *, seed: int = 0
     ) -> DraftBatch:
-        """Return the batch of these sequences; ``features`` are ``[N, 3H]`` in the same order.
+        """Return the batch of these sequences; ``features`` are ``[N, 4H]`` in the same order.
 
         A sequence without a response token to predict contributes no row.
         """

@@ -1,8 +1,9 @@
-"""What the drafter reads of the target: features and last hidden states, computed per batch or kept in one file.
+"""What the drafter reads of the target: its features, computed per batch or kept in one file.
 
-For every token the target gives the three hidden states that are the drafter's input and the last normed one, from
-which its distribution follows by one product: 4 H numbers, in place of V logits. Cached, they take ``8 H`` bytes a
-token in bfloat16 (4.6 kB for H = 576) and save every later arm or epoch the target's forward.
+For every token the target gives three hidden states and the last normed one, from which its distribution follows by
+one product: 4 H numbers, in place of V logits. They are what decoding hands to drafters (``interfaces.TargetOutput``).
+Cached, they take ``8 H`` bytes a token in bfloat16 (4.6 kB for H = 576) and save every later arm or epoch the target's
+forward.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Sequenced(Protocol):
 
 
 class FeatureSource(Protocol):
-    """Where a batch's ``[N, 4H]`` hidden states come from."""
+    """Where a batch's ``[N, 4H]`` features come from."""
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         """Return the states of these sequences, packed in this order."""
@@ -220,7 +221,7 @@ class BatchMaker:
         ids = [[int(token) for token in sequence.ids] for sequence in chosen]
         width = states.shape[-1] // 4
         prompt_lens = [sequence.prompt_len for sequence in chosen]
-        batch = DraftBatch.pack(ids, prompt_lens, states[:, : 3 * width], seed=seed)
+        batch = DraftBatch.pack(ids, prompt_lens, states, seed=seed)
         rows = states[batch.slots + 1, 3 * width :]
         return batch, TargetView(rows, self._draft_head, self._table, self.head, self.target and self)
 

@@ -75,7 +75,8 @@ class TargetOutput:
 
     Attributes:
         logits: ``[N + 1, V]`` float32.
-        features: ``[N + 1, 3H]`` in the target's dtype: the hidden states that enter three layers, low to high.
+        features: ``[N + 1, 4H]`` in the target's dtype: the hidden states that enter three layers, low to high, and the
+            last one, normed, which the LM head multiplies. A drafter takes the part that it needs.
     """
 
     logits: Tensor
@@ -101,7 +102,7 @@ class TargetState(Protocol):
     tokens: list[int]
     """Prompt and committed tokens; the last one is the root of the next step and is not in the cache yet."""
     features: Tensor
-    """``[L, 3H]`` features of the prompt, for the drafter's own prefill."""
+    """``[L, 4H]`` features of the prompt, for the drafter's own prefill."""
     next_logits: Tensor
     """``[V]`` float32 logits of the token that follows the prompt."""
 
@@ -140,7 +141,7 @@ class Drafter(Protocol):
         Args:
             state: Its last ``num_accepted + 1`` tokens are the accepted draft tokens and the next root.
             num_accepted: Accepted draft tokens of this step.
-            features: ``[num_accepted + 1, 3H]`` target features of the old root and of the accepted tokens.
+            features: ``[num_accepted + 1, 4H]`` target features of the old root and of the accepted tokens.
         """
 
 

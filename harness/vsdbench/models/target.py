@@ -1,7 +1,8 @@
 """The target: any decoder-only model of transformers, driven by two calls: ``prefill`` and ``forward_tree``.
 
 The model's own code computes everything; this file only supplies what tree decoding needs around it: explicit masks
-and positions, a cache that can be compacted, and the hidden states that enter three layers (the drafter's features).
+and positions, a cache that can be compacted, and the drafter's features: the hidden states that enter three layers,
+and the last one.
 
 Shape legend: L prompt tokens, N draft tokens, C committed tokens in the cache, V vocabulary, H hidden size.
 """
@@ -93,6 +94,7 @@ class Target:
                 "use a target whose layers are all of full or sliding attention."
             )
         self._entering: dict[int, Tensor] = {}
+        self._last = torch.empty(0)
         self._hooks: list[RemovableHandle] = []
         self._watch()
         self._cache: PreallocatedCache | None = None
@@ -277,7 +279,7 @@ class Target:
     # ---- features ----
 
     def _watch(self) -> None:
-        """Choose the feature layers of the model as it is now and keep what enters them at every forward."""
+        """Choose the feature layers of the model as it is now; keep what enters them and what leaves the last one."""
         middle = (2, self.num_layers // 2, self.num_layers - 3)
         self.feature_layers = tuple(min(max(layer, 0), self.num_layers - 1) for layer in middle)
         for hook in self._hooks:
@@ -287,6 +289,7 @@ class Target:
             layers[index].register_forward_pre_hook(self._keeper(index), with_kwargs=True)
             for index in set(self.feature_layers)
         ]
+        self._hooks.append(self.model.get_decoder().register_forward_hook(self._keep_last))
 
     def _keeper(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -294,9 +297,12 @@ class Target:
 
         return keep
 
+    def _keep_last(self, _decoder: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401 - of transformers
+        self._last = output.last_hidden_state
+
     def _features(self) -> Tensor:
-        """Return ``[n, 3H]``: what entered the three feature layers in the last forward."""
-        return torch.cat([self._entering[layer][0] for layer in self.feature_layers], dim=-1)
+        """Return ``[n, 4H]`` of the last forward: what entered the feature layers, then the last normed states."""
+        return torch.cat([*(self._entering[layer][0] for layer in self.feature_layers), self._last[0]], dim=-1)
 
     @contextmanager
     def as_shipped(self) -> Iterator[Any]:
