@@ -12,7 +12,8 @@ from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Config, Eagle3Model, build
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter, _Growth
+from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
+from vsdbench_drafters.architectures.one_layer_drafter import Growth
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
 from vsdbench_drafters.training.features import target_pass
 
@@ -74,7 +75,7 @@ def test_drafting_computes_what_training_time_test_does(model, sequence, slot):
     ids, features = sequence
     expected = trained_log_probs(model, ids, 2, features, 4)
     drafter = begun(model, ids, features, slot + 1)
-    growth = _Growth(drafter)
+    growth = Growth(drafter)
     torch.testing.assert_close(growth.root(), expected[0][slot], rtol=1e-4, atol=1e-5)
     for depth in (1, 2, 3):
         token = torch.tensor([ids[slot + 1 + depth]])
@@ -87,11 +88,11 @@ def test_branches_of_a_tree_do_not_see_each_other(model, sequence):
     ids, features = sequence
     tokens = torch.tensor([7, 11, 30])
     drafter = begun(model, ids, features, 6)
-    growth = _Growth(drafter)
+    growth = Growth(drafter)
     level1 = growth.level(tokens, [-1, -1, -1], 1)
     level2 = growth.level(torch.tensor([9, 9]), [2, 0], 2)
     for line, token in enumerate(tokens.tolist()):
-        alone = _Growth(drafter)
+        alone = Growth(drafter)
         torch.testing.assert_close(alone.level(torch.tensor([token]), [-1], 1)[0], level1[line], rtol=1e-4, atol=1e-5)
         if token in {30, 7}:
             own = alone.level(torch.tensor([9]), [0], 2)[0]
@@ -103,7 +104,7 @@ def test_branches_of_a_tree_do_not_see_each_other(model, sequence):
 def test_committing_step_by_step_is_beginning_anew(model, sequence):
     ids, features = sequence
     drafter = begun(model, ids, features, 5)
-    growth = _Growth(drafter)
+    growth = Growth(drafter)
     growth.level(torch.tensor([40, 41]), [-1, -1], 1)  # rejected nodes leave no trace
     drafter.commit(State(ids[:9], None), 2, features[5:8])
     drafter.commit(State(ids[:10], None), 0, features[8:9])
@@ -111,7 +112,7 @@ def test_committing_step_by_step_is_beginning_anew(model, sequence):
     drafter.propose(None, shape, temperature=0, generator=None)
     fresh = begun(model, ids, features, 9)
     assert drafter.num_committed == fresh.num_committed == 9
-    torch.testing.assert_close(_Growth(drafter).root(), _Growth(fresh).root(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Growth(drafter).root(), Growth(fresh).root(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["chain", "static", "dynamic"])

@@ -1,0 +1,251 @@
+"""Drafters of one layer at decode time: the same layer without autograd, modules or copies.
+
+A target step of a small model takes about twenty milliseconds, so a draft step may take two: weights are fused once
+at load, the key-value cache is preallocated, and a level of the tree is one forward over its nodes.
+
+The first C rows of the cache are committed slots (true features). Nodes of the growing tree are written behind them,
+slot after slot, and are forgotten with the next proposal. A node attends to all committed slots, its ancestors and
+itself, at position C - 1 + depth: exactly what training-time test showed the layer.
+
+Shape legend: C committed slots, n rows of one forward, H width, Vd draft vocabulary, A heads, G key-value heads, D head
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vsdbench.decoding.tree import empty_tree, grow
+from vsdbench.models.packed import product
+from vsdbench_drafters.architectures.layers import apply_rotary, rotary
+
+if TYPE_CHECKING:
+    from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
+    from vsdbench_drafters.architectures.one_layer import OneLayerModel
+
+_SPARE_ROWS = 128
+
+
+class CachedLayer:
+    """Weights and cache of the draft layer: one forward over n rows.
+
+    A subclass says by ``project`` and ``mix`` what enters the layer, and by ``log_probs`` what its output means.
+
+    Args:
+        model: Its weights are copied, cast and fused.
+        dtype: Dtype of the products; log-probabilities are float32 in any case.
+    """
+
+    def __init__(self, model: OneLayerModel, dtype: torch.dtype) -> None:
+        attention, mlp = model.layer.self_attn, model.layer.mlp
+        self.config = model.config
+        self.dtype = dtype
+        self.device = model.fc.weight.device
+        self.embeddings = model.embeddings.to(dtype)
+        self.fc = product(self.cast(model.fc.weight))
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = product(self.cast(*(projection.weight for projection in projections)))
+        biases = [projection.bias for projection in projections if projection.bias is not None]
+        self.qkv_bias = self.cast(*biases) if biases else None
+        self.out = product(self.cast(attention.o_proj.weight))
+        self.gate_up = product(self.cast(mlp.gate_proj.weight, mlp.up_proj.weight))
+        self.down = product(self.cast(mlp.down_proj.weight))
+        self.head = product(self.cast(model.head()))
+        self.mlp_norm = self.cast(model.layer.post_attention_layernorm.weight)
+        self.capacity = 0
+        self.keys = self.values = self.cos = self.sin = torch.empty(0)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for ``rows`` cache rows; what is cached stays."""
+        if rows <= self.capacity:
+            return
+        shape = (self.config.num_key_value_heads, rows, self.config.head_dim)
+        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        values = torch.zeros_like(keys)
+        if self.capacity:
+            keys[:, : self.capacity], values[:, : self.capacity] = self.keys, self.values
+        self.keys, self.values, self.capacity = keys, values, rows
+        positions = torch.arange(rows, device=self.device)
+        self.cos, self.sin = rotary(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
+
+    def cast(self, *weights: Tensor) -> Tensor:
+        """Return a copy of weights, joined along their outputs, in the dtype of the products."""
+        return torch.cat([weight.detach() for weight in weights]).to(self.dtype).contiguous()
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return ``[n, H]``, what recurs as the output does, made from ``[n, 4H]`` target features."""
+        raise NotImplementedError
+
+    def mix(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention's input and the residual of n rows, from ``[n, H]`` embeddings and hidden states."""
+        raise NotImplementedError
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Return ``[n, Vd]`` float32 log-probabilities of what follows ``[n, H]`` outputs."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden: Tensor, tokens: Tensor, positions: Tensor | slice, row: int, hide: Tensor | None
+    ) -> Tensor:
+        """Run n rows, writing their keys and values from cache row ``row`` on; return ``[n, H]`` un-normed outputs.
+
+        Args:
+            hidden: ``[n, H]``.
+            tokens: ``[n]`` target ids.
+            positions: Their positions.
+            row: First cache row to write.
+            hide: ``[n, row + n]`` bool, keys that a row must not see; None hides nothing.
+        """
+        config = self.config
+        count, stop = len(tokens), row + len(tokens)
+        groups, width = config.num_key_value_heads, config.head_dim
+        x, residual = self.mix(F.embedding(tokens, self.embeddings), hidden)
+        projected = self.qkv(x) if self.qkv_bias is None else self.qkv(x) + self.qkv_bias
+        mixed = projected.view(count, -1, width)
+        rotated = config.num_attention_heads + groups
+        turned = apply_rotary(mixed[:, :rotated], self.cos[positions][:, None], self.sin[positions][:, None])
+        self.keys[:, row:stop] = turned[:, config.num_attention_heads :].transpose(0, 1)
+        self.values[:, row:stop] = mixed[:, rotated:].transpose(0, 1)
+        queries = (
+            turned[:, : config.num_attention_heads].reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
+        )
+        scores = (queries @ self.keys[:, :stop].transpose(1, 2)).float().mul_(width**-0.5)
+        if hide is not None:
+            scores.view(groups, -1, count, stop).masked_fill_(hide, -torch.inf)
+        weights = torch.softmax(scores, dim=-1).to(self.dtype)
+        attended = (
+            (weights @ self.values[:, :stop]).view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+        )
+        hidden = residual + self.out(attended)
+        gate, up = self.gate_up(self.norm(hidden, self.mlp_norm)).chunk(2, dim=-1)
+        return hidden + self.down(F.silu(gate) * up)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return ``x`` normed."""
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+
+class OneLayerDrafter:
+    """Proposes trees with one draft layer (protocol ``Drafter``).
+
+    Args:
+        name: As in the list of drafters.
+        layer: The layer.
+        model: The trained drafter that it is of.
+    """
+
+    def __init__(self, name: str, layer: CachedLayer, model: OneLayerModel) -> None:
+        self.name = name
+        self.layer = layer
+        self.vocab_size = model.config.vocab_size
+        self.d2t = model.d2t
+        self._committed = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._root_hidden = self._root_log_probs = torch.empty(0)
+
+    @torch.inference_mode()
+    def begin(self, state: TargetState, max_length: int) -> None:
+        """Run the layer over the prompt: slot t has the feature of token t and the embedding of token t + 1."""
+        self.layer.reserve(max_length + _SPARE_ROWS)
+        self._committed, self._pending = 0, []
+        following = torch.tensor(state.tokens[1:], dtype=torch.int64, device=self.layer.device)
+        features = state.features
+        if len(following) > 1:
+            self._absorb(features[:-1], following[:-1])
+        self._pending.append((features[-1:], following[-1:]))
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        state: TargetState,  # noqa: ARG002 - the drafter keeps its own copy of what it needs
+        shape: TreeShape,
+        *,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> TokenTree:
+        """Take in what was committed, then grow a tree under the root."""
+        if shape.budget < 1 or shape.depth < 1:
+            return empty_tree(self.layer.device)
+        if self._pending:
+            features = torch.cat([pair[0] for pair in self._pending])
+            tokens = torch.cat([pair[1] for pair in self._pending])
+            self._pending = []
+            self._root_hidden = self._absorb(features, tokens)[-1:]
+            self._root_log_probs = self.layer.log_probs(self._root_hidden)[0]
+        self.layer.reserve(self._committed + shape.depth * max(shape.top_k, shape.budget) + 1)
+        return grow(Growth(self), shape, temperature=temperature, generator=generator)
+
+    @torch.inference_mode()
+    def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
+        """Queue the new pairs of feature and following token; the next proposal's first forward takes them in."""
+        tokens = torch.tensor(state.tokens[-(num_accepted + 1) :], dtype=torch.int64, device=self.layer.device)
+        self._pending.append((features, tokens))
+
+    def _absorb(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Append committed slots to the cache; return their ``[n, H]`` outputs."""
+        start, count = self._committed, len(tokens)
+        self.layer.reserve(start + count)
+        hide = None
+        if count > 1:
+            own = torch.arange(start, start + count, device=tokens.device)
+            hide = torch.arange(start + count, device=tokens.device)[None] > own[:, None]
+        hidden = self.layer.project(features)
+        output = self.layer.forward(hidden, tokens, slice(start, start + count), start, hide)
+        self._committed += count
+        return output
+
+    @property
+    def num_committed(self) -> int:
+        """C: slots in the draft cache that stem from true features."""
+        return self._committed
+
+
+class Growth:
+    """Scores the levels of one growing tree (protocol ``LevelScorer``)."""
+
+    def __init__(self, drafter: OneLayerDrafter) -> None:
+        self.vocab_size = drafter.vocab_size
+        self._layer = drafter.layer
+        self._committed = drafter.num_committed
+        self._d2t = drafter.d2t
+        self._root = drafter._root_log_probs  # noqa: SLF001 - one unit with its drafter
+        self._hidden = drafter._root_hidden  # noqa: SLF001 - row s + 1 is slot s
+        self._ancestors: list[tuple[int, ...]] = []
+
+    def root(self) -> Tensor:
+        """Return ``[Vd]`` log-probabilities of the root's children."""
+        return self._root
+
+    def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:
+        """Return ``[M, Vd]`` log-probabilities of the children of M nodes."""
+        first, count = len(self._ancestors), len(parent_slots)
+        for slot, parent in enumerate(parent_slots, start=first):
+            self._ancestors.append((*(self._ancestors[parent] if parent >= 0 else ()), slot))
+        hidden = self._hidden[torch.tensor([parent + 1 for parent in parent_slots], device=tokens.device)]
+        position = self._committed - 1 + depth
+        positions = torch.full((count,), position, device=tokens.device)
+        output = self._layer.forward(hidden, tokens, positions, self._committed + first, self._hide(first, count))
+        self._hidden = torch.cat([self._hidden, output])
+        return self._layer.log_probs(output)
+
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Map draft-vocabulary ids to target ids."""
+        return ids + self._d2t[ids]
+
+    def _hide(self, first: int, count: int) -> Tensor | None:
+        """Return ``[count, C + first + count]`` bool: earlier nodes that are no ancestors are hidden."""
+        total = first + count
+        lines = [[True] * total for _ in range(count)]
+        for line, ancestors in zip(lines, self._ancestors[first:], strict=True):
+            for slot in ancestors:
+                line[slot] = False
+        if not any(map(any, lines)):
+            return None
+        hide = torch.zeros(count, self._committed + total, dtype=torch.bool, device=self._d2t.device)
+        hide[:, self._committed :] = torch.tensor(lines, device=self._d2t.device)
+        return hide
