@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,24 +128,34 @@ def embeddings_of(folder: Path, hidden_size: int, tensors: dict[str, Tensor], ta
     return embeddings
 
 
-def fill(model: DraftModel, tensors: dict[str, Tensor], folder: Path, kind: str) -> None:
-    """Load a checkpoint's tensors, by the names of ``state_dict()``; those that it has no use for are left out.
+def fill(
+    model: DraftModel,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    kind: str,
+    *,
+    stored_as: Callable[[str], str] = str,
+    described_by: str = "config.json",
+) -> None:
+    """Load a checkpoint's tensors; those that the drafter has no use for are left out.
 
     Args:
         model: The drafter, vocabulary already set.
         tensors: The tensors.
         folder: Where they are from.
         kind: What the checkpoint is, for the message.
+        stored_as: From a name of ``state_dict()`` to the name on disk.
+        described_by: What the drafter's dimensions were read from.
 
     Raises:
-        ConfigError: One is missing or has another shape than config.json says.
+        ConfigError: One is missing or has another shape than the drafter's dimensions say.
     """
-    names = [name for name in model.state_dict() if name not in VOCABULARY]
+    names = {name: stored_as(name) for name in model.state_dict() if name not in VOCABULARY}
     try:
-        model.load_state_dict({name: tensors[name] for name in names if name in tensors}, strict=False)
+        model.load_state_dict({name: tensors[own] for name, own in names.items() if own in tensors}, strict=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(f"checkpoint '{folder}' does not match its own config.json: {reason}") from error
-    missing = [name for name in names if name not in tensors]
+        raise ConfigError(f"checkpoint '{folder}' does not match its own {described_by}: {reason}") from error
+    missing = [own for own in names.values() if own not in tensors]
     if missing:
         raise ConfigError(f"checkpoint '{folder}' lacks the tensor '{missing[0]}', which {kind} needs.")

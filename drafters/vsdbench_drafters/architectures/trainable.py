@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _MODELS = {
     "eagle3": ("vsdbench_drafters.architectures.eagle3", "Eagle3Model"),
+    "eagle": ("vsdbench_drafters.architectures.eagle", "EagleModel"),
+    "medusa": ("vsdbench_drafters.architectures.medusa", "MedusaModel"),
 }
 
 

@@ -181,6 +181,8 @@ class DraftModel(nn.Module):
 
     one_head: ClassVar[bool] = True
     """Every step has the same LM head, so outputs of several steps can be scored together."""
+    predicts_features: ClassVar[bool] = False
+    """Outputs are predictions of the target's last normed hidden state, a token ahead."""
     max_steps: int | None = None
     """Steps that it can be unrolled; None: any number."""
     norm: nn.Module
@@ -229,7 +231,10 @@ class DraftModel(nn.Module):
 
 
 class Objective(Protocol):
-    """A training objective. It never touches optimisers, data order or checkpoints."""
+    """A training objective. It never touches optimisers, data order or checkpoints.
+
+    An attribute ``architectures``, where there is one and it is not None, names those that it can train.
+    """
 
     name: str
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class PathObjective(ForwardKL):
         tree_budget: Nodes of that tree.
         tree_top_k: Children scored a node.
     """
+
+    architectures: ClassVar[tuple[str, ...] | None] = ("eagle3", "eagle")  # all contexts are scored by one LM head
 
     def __init__(
         self,

@@ -6,12 +6,13 @@ keeping a ``[rows, vocabulary]`` float32 tensor per step alive, and the tests ho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView, unroll
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ class DistributionObjective:
     """
 
     name: str
+    architectures: ClassVar[tuple[str, ...] | None] = None
+    """Those that it can train; None: any."""
 
     def __init__(self, *, ttt_steps: int = 4, step_weight: float = 0.8) -> None:
         self.weights = step_weights(ttt_steps, step_weight)
@@ -205,6 +208,8 @@ class ForwardKL(DistributionObjective):
 def _weighted_steps(
     weights: list[float], batch: DraftBatch, drafter: DraftModel, of_step: Callable[[int, Tensor], Tensor]
 ) -> LossOutput:
+    if drafter.max_steps is not None and drafter.max_steps < len(weights):
+        raise ConfigError(f"ttt_steps is {len(weights)}, but this drafter has {drafter.max_steps} steps: lower it.")
     terms = [of_step(step, hidden) for step, hidden in unroll(drafter, batch, len(weights))]
     loss = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
     return LossOutput(loss, {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)})

@@ -202,15 +202,31 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def check_recipe(recipe: RecipeConfig, where: str) -> None:
-    """Check what a schema cannot: that the objective exists and takes its options, and the warm start is sound.
+    """Check what a schema cannot: that objective and architecture fit each other, and the warm start is sound.
 
     Raises:
         ConfigError: The first thing that is wrong.
     """
-    make_objective(recipe.objective)
+    objective, architecture = make_objective(recipe.objective), recipe.architecture
+    fitting = getattr(objective, "architectures", None)
+    if fitting is not None and architecture.type not in fitting:
+        raise ConfigError(
+            f"{where}: objective '{recipe.objective.type}' cannot train '{architecture.type}'; "
+            f"set architecture.type to {' or '.join(fitting)}."
+        )
+    if isinstance(architecture, MedusaArchitecture) and architecture.num_heads != recipe.objective.ttt_steps:
+        raise ConfigError(
+            f"{where}: objective.ttt_steps is {recipe.objective.ttt_steps}, but every one of the "
+            f"{architecture.num_heads} Medusa heads is a step of its own: set both to the same number."
+        )
     if recipe.warm_start is not None:
         warm = load_recipe(recipe.warm_start)
         check_fresh(recipe, warm, where)
+        if warm.architecture.type != architecture.type:
+            raise ConfigError(
+                f"{where}: architecture.type is '{architecture.type}', but the warm start '{warm.name}' trains "
+                f"'{warm.architecture.type}': a drafter goes on as what it is."
+            )
 
 
 def make_objective(config: ObjectiveConfig) -> Any:  # noqa: ANN401 - any class that follows the Objective protocol
