@@ -1,92 +1,140 @@
-"""How many response tokens a second the drafter trains at, and where the time goes; run by hand.
+"""How many response tokens a second each objective trains at, and where its time goes; run by hand.
 
-Random hidden states stand in for the target's, so nothing is fetched and the target's own forward is left out: the
-numbers are those of ``features: cached``. Dimensions are those of the embedded 135M target.
+The embedded target, the quickstart recipe's data and features, and a drafter of full size. Objectives take turns batch
+by batch, so that a machine that slows down slows all of them; the last column is the ratio to the first objective.
 
-    python benchmarks/training_throughput.py --threads 2
+    python benchmarks/training_throughput.py
+    python benchmarks/training_throughput.py --objectives kl,vsd,onpolicy --steps 4 --batches 12
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from types import SimpleNamespace
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from vsdbench_drafters.architectures.eagle3 import Eagle3Config, Eagle3Model
-from vsdbench_drafters.objectives.base import DraftBatch, TargetView
-from vsdbench_drafters.objectives.token import CrossEntropy, ForwardKL
-from vsdbench_drafters.training.optim import make_optimisers
-from vsdbench_drafters.training.recipe import TrainingConfig
+from vsdbench.models.device import choose_dtype
+from vsdbench.models.source import fetch_model
+from vsdbench.models.target import Target
+from vsdbench.paths import cache_dir
+from vsdbench_drafters.architectures.eagle3 import Eagle3Model
+from vsdbench_drafters.training.data import ensure_data
+from vsdbench_drafters.training.features import BatchMaker, cached_features, draft_vocabulary, plan_batches
+from vsdbench_drafters.training.loop import batch_seed
+from vsdbench_drafters.training.optim import Optimisers, make_optimisers
+from vsdbench_drafters.training.recipe import ObjectiveConfig, TrainingConfig, load_recipe, make_objective
 
-VOCAB, HIDDEN = 49152, 576
-PROMPT, RESPONSE = 60, 240  # tokens of every sequence
-
-
-def make_batch(model: Eagle3Model, num_sequences: int) -> tuple[DraftBatch, TargetView]:
-    """Return a batch of random sequences and hidden states."""
-    generator = torch.Generator().manual_seed(0)
-    length = PROMPT + RESPONSE
-    ids = torch.randint(VOCAB, (num_sequences, length), generator=generator).tolist()
-    states = torch.randn(num_sequences * length, 4 * HIDDEN, generator=generator).bfloat16()
-    batch = DraftBatch.pack(ids, [PROMPT] * num_sequences, states[:, : 3 * HIDDEN])
-    head = model.lm_head.weight.detach().bfloat16()
-    return batch, TargetView(states[batch.slots + 1, 3 * HIDDEN :], head, model.target_to_draft)
+_INSIDE = ("walk", "propose", "score")
+"""Methods of path objectives that are timed by themselves: the anchor loss, the proposals, the target's judgement."""
 
 
-def measure(
-    objective_type: type[CrossEntropy | ForwardKL],
-    draft_vocab_size: int,
-    ttt_steps: int,
-    num_sequences: int,
-    optimiser: str,
-) -> str:
-    """Return one line: tokens a second and milliseconds of loss, backward and optimiser."""
-    config = Eagle3Config(
-        hidden_size=HIDDEN, target_hidden_size=HIDDEN, intermediate_size=1536, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, vocab_size=VOCAB, draft_vocab_size=draft_vocab_size,
-    )  # fmt: skip
-    model = Eagle3Model(config, torch.randn(VOCAB, HIDDEN), torch.arange(draft_vocab_size))
-    optimisers = make_optimisers(model, TrainingConfig(optimiser=optimiser, lr=1e-3))
-    objective = objective_type(ttt_steps=ttt_steps)
-    spent = SimpleNamespace(loss=0.0, backward=0.0, optimiser=0.0)
-    repeats, rows = 5, 0
-    for repeat in range(repeats + 1):
-        batch, view = make_batch(model, num_sequences)
+class Runner:
+    """One objective with a drafter of its own, and the seconds its parts have taken."""
+
+    def __init__(self, name: str, options: dict[str, Any], steps: int, model: Eagle3Model) -> None:
+        self.name = name
+        self.model = model
+        self.objective = make_objective(ObjectiveConfig(type=name, ttt_steps=steps, options=options))
+        self.optimisers: Optimisers = make_optimisers(model, TrainingConfig(lr=1e-4))
+        self.spent: dict[str, float] = defaultdict(float)
+        self.tokens = 0
+        for method in _INSIDE:
+            if hasattr(self.objective, method):
+                setattr(self.objective, method, self._timed(method, getattr(self.objective, method)))
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the method takes
+            begun = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.spent[name] += time.perf_counter() - begun
+            return result
+
+        return run
+
+    def step(self, maker: BatchMaker, indices: list[int], seed: int, *, autocast: bool) -> None:
+        """Do one optimiser step."""
         marks = [time.perf_counter()]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = objective.loss(batch, model, view).loss
+        maker.drafter = self.model
+        batch, view = maker.make(indices, seed=seed)
+        marks.append(time.perf_counter())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = self.objective.loss(batch, self.model, view).loss
         marks.append(time.perf_counter())
         torch.autograd.backward(loss)
         marks.append(time.perf_counter())
-        optimisers.step(1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimisers.step(1.0)
         marks.append(time.perf_counter())
-        if repeat:  # the first one warms up
-            rows += batch.num_rows
-            for name, start, stop in zip(vars(spent), marks[:-1], marks[1:], strict=True):
-                setattr(spent, name, getattr(spent, name) + stop - start)
-    total = sum(vars(spent).values())
-    parts = "  ".join(f"{name} {1e3 * seconds / repeats:7.1f}" for name, seconds in vars(spent).items())
-    label = f"{objective_type.name:>3} Vd {draft_vocab_size:5} steps {ttt_steps} sequences {num_sequences} {optimiser}"
-    return f"{label:45} {rows / total:7.0f} tokens/s   ms: {parts}"
+        for part, start, stop in zip(("batch", "loss", "backward", "optimiser"), marks, marks[1:], strict=False):
+            self.spent[part] += stop - start
+        self.tokens += batch.num_rows
+
+    @property
+    def seconds(self) -> float:
+        """All time of its steps."""
+        return sum(self.spent[part] for part in ("batch", "loss", "backward", "optimiser"))
 
 
 def main() -> None:
-    """Measure the settings that the recipes choose between."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
-    for setting in (
-        (ForwardKL, 8192, 4, 4, "adamw"),
-        (ForwardKL, 8192, 3, 2, "adamw"),
-        (ForwardKL, 4096, 3, 2, "adamw"),
-        (ForwardKL, 4096, 2, 1, "adamw"),
-        (ForwardKL, 4096, 2, 2, "adamw"),
-        (CrossEntropy, 4096, 2, 1, "adamw"),
-        (ForwardKL, 4096, 2, 2, "muon"),
-    ):
-        print(measure(*setting))
+    parser.add_argument("--objectives", default="kl,ce,topk,onpolicy,vsd")
+    parser.add_argument("--steps", type=int, default=4, help="steps of training-time test")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="draft vocabulary")
+    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--checkpoint", type=Path, help="start from this drafter, so that proposals are real ones")
+    parser.add_argument("--options", default="{}", help="options of path objectives, as YAML")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    import yaml  # noqa: PLC0415 - for one option
+
+    options = yaml.safe_load(args.options)
+    console = Console()
+    found = fetch_model("smollm2-135m-q4", progress=True)
+    device = torch.device("cpu")
+    dtype = choose_dtype("auto", device)
+    target = Target.load(
+        found.path, name="smollm2-135m-q4", fingerprint=found.fingerprint, device=device, dtype=dtype
+    )
+    data = ensure_data(load_recipe("eagle3-kl-quickstart").data, target, console=console)
+    features = cached_features(target, data.sequences, cache_dir() / "features", fingerprint=data.fingerprint)
+    vocabulary, _ = draft_vocabulary(data.sequences, target.vocab_size, args.vocabulary, sorted(target.eos_ids))
+
+    def model() -> Eagle3Model:
+        if args.checkpoint is not None:
+            return Eagle3Model.load(args.checkpoint, target).float()
+        return Eagle3Model.from_target(target, vocabulary, seed=0)
+
+    runners = [
+        Runner(name, options if name in {"vsd", "onpolicy", "gto"} else {}, args.steps, model())
+        for name in args.objectives.split(",")
+    ]
+    head = target.model.get_output_embeddings().weight
+    maker = BatchMaker(data.sequences, features, head, runners[0].model, target)
+    rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.sequences]
+    for number, indices in enumerate(plan_batches(rows, args.batch_tokens, seed=0, epoch=0)[: args.batches + 1]):
+        for runner in runners:
+            runner.step(maker, indices, batch_seed(0, number, 0), autocast=dtype == torch.bfloat16)
+            if number == 0:  # the first one warms up
+                runner.spent.clear()
+                runner.tokens = 0
+    parts = ["batch", "loss", *_INSIDE, "backward", "optimiser"]
+    table = Table("objective", "tokens/s", "ratio", *[f"{part} ms" for part in parts])
+    for runner in runners:
+        rate = runner.tokens / runner.seconds
+        first = runners[0].tokens / runners[0].seconds
+        shown = [f"{1e3 * runner.spent[part] / args.batches:.0f}" if part in runner.spent else "" for part in parts]
+        table.add_row(runner.name, f"{rate:,.0f}", f"{rate / first:.2f}", *shown)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ def test_anchors_are_distinct_rows_of_every_sequence(setting, anchors):
         assert len(mine) == 4
     everything = choose_anchors(setting.batch, 100, torch.Generator())
     assert everything.tolist() == list(range(setting.batch.num_rows))
+    some = choose_anchors(setting.batch, 4, torch.Generator().manual_seed(1), share=0.4)
+    spans = [(span.first_row, span.first_row + span.num_rows) for span in setting.batch.spans]
+    touched = {index for row in some.tolist() for index, (first, stop) in enumerate(spans) if first <= row < stop}
+    assert (len(some), len(touched)) == (4, 1)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "tree", "mixed"])

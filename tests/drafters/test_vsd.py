@@ -470,6 +470,7 @@ def test_on_policy_reverse_kl_is_the_mean_over_paths(setting):
         ({"m_steps": 9}, "m_steps is 9"),
         ({"omega": -1.0}, "omega is -1.0"),
         ({"paths": 0}, "paths is 0"),
+        ({"share": 0.0}, "share is 0.0"),
     ],
 )
 def test_wrong_options_are_named(options, words):

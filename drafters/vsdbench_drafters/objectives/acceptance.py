@@ -18,7 +18,7 @@ from torch import Tensor
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, LossOutput, TargetView, unroll
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
-from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, choose_anchors, merge, trace, tree_paths
+from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, merge, trace, tree_paths
 from vsdbench_drafters.objectives.token import (
     ForwardKL,
     RowLosses,
@@ -203,7 +203,7 @@ class GroupTree(PathObjective):
         """Return the anchor loss and the clipped surrogate of the tree reward."""
         known = self._rounds.pop(batch.seed, None)
         generator = torch.Generator().manual_seed(batch.seed)
-        anchors = known.anchors if known else choose_anchors(batch, self.num_anchors, generator)
+        anchors = known.anchors if known else self.place(batch, generator)
         terms, branch = self.walk(batch, drafter, target_view, anchors)
         if known is None:
             known = self._plant(batch, drafter, target_view, anchors, branch)

@@ -15,7 +15,7 @@ from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives import divergence, token
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
-from vsdbench_drafters.objectives.paths import choose_anchors, merge, trace
+from vsdbench_drafters.objectives.paths import merge, trace
 
 _DIVERGENCES: dict[str, type[token.DistributionObjective]] = {
     "kl": token.ForwardKL,
@@ -48,7 +48,7 @@ class OnPolicy(PathObjective):
     def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the anchor loss and ω times the mean, over anchors, of Σ over depths of the paths' mean divergence."""
         generator = torch.Generator().manual_seed(batch.seed)
-        anchors = choose_anchors(batch, self.num_anchors, generator)
+        anchors = self.place(batch, generator)
         terms, branch = self.walk(batch, drafter, target_view, anchors)
         paths = self.propose(drafter, branch, generator)
         trie = merge(paths, len(drafter.draft_ids))

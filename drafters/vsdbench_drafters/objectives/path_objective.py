@@ -13,6 +13,7 @@ from vsdbench_drafters.objectives.paths import (
     Paths,
     Scores,
     Trie,
+    choose_anchors,
     draft_probs,
     join,
     oracle,
@@ -33,6 +34,7 @@ class PathObjective(ForwardKL):
         step_weight: Weight of its step i is ``step_weight**i``.
         anchor: ``kl``: the soft cross-entropy of EAGLE-3 on the data; ``off``: none.
         anchors: Anchor positions a sequence.
+        share: Of a batch's sequences that get anchors.
         paths: S, proposals an anchor (leaves of a tree come on top of that where ``proposals`` is ``mixed``).
         depth: L, tokens a path.
         proposals: ``sampled`` from q, ``tree``: the leaves that decoding's dynamic tree would send, or both.
@@ -49,6 +51,7 @@ class PathObjective(ForwardKL):
         step_weight: float = 0.8,
         anchor: Literal["kl", "off"] = "kl",
         anchors: int = 16,
+        share: float = 1.0,
         paths: int = 8,
         depth: int = 4,
         proposals: Proposals = "sampled",
@@ -59,11 +62,18 @@ class PathObjective(ForwardKL):
         for option, value in (("anchors", anchors), ("paths", paths), ("depth", depth), ("tree_budget", tree_budget)):
             if value < 1:
                 raise ConfigError(f"{self.name}: {option} is {value}; use at least 1.")
+        if not 0 < share <= 1:
+            raise ConfigError(f"{self.name}: share is {share}; it must be above 0 and at most 1.")
         check_choice(self.name, "anchor", anchor, ("kl", "off"))
         check_choice(self.name, "proposals", proposals, ("sampled", "tree", "mixed"))
         self.anchor, self.proposals = anchor, proposals
         self.num_anchors, self.num_paths, self.depth = anchors, paths, depth
+        self._share = share
         self.tree_budget, self.tree_top_k = tree_budget, tree_top_k
+
+    def place(self, batch: DraftBatch, generator: torch.Generator) -> Tensor:
+        """Return ``[A]`` the batch's anchors."""
+        return choose_anchors(batch, self.num_anchors, generator, share=self._share)
 
     def walk(
         self, batch: DraftBatch, drafter: DraftModel, view: TargetView, anchors: Tensor

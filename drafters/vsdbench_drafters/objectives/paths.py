@@ -96,13 +96,24 @@ class Scores:
     choices: Tensor
 
 
-def choose_anchors(batch: DraftBatch, per_sequence: int, generator: torch.Generator) -> Tensor:
-    """Return ``[A]`` int64 rows in increasing order: so many of each sequence, drawn without replacement."""
-    chosen = []
-    for span in batch.spans:
-        order = torch.randperm(span.num_rows, generator=generator)[:per_sequence]
-        chosen.append(order.sort().values + span.first_row)
-    return torch.cat([torch.empty(0, dtype=torch.int64), *chosen]).to(batch.slots.device)
+def choose_anchors(batch: DraftBatch, per_sequence: int, generator: torch.Generator, *, share: float = 1.0) -> Tensor:
+    """Return ``[A]`` int64 rows in increasing order, drawn without replacement.
+
+    Args:
+        batch: The batch.
+        per_sequence: Anchors of a sequence.
+        generator: On the host.
+        share: Of the batch's sequences that get anchors (one at least). The target reads a whole sequence to judge what
+            is drafted in it, so the same number of anchors is cheaper in fewer sequences.
+    """
+    count = max(1, round(share * len(batch.spans)))
+    order = torch.randperm(len(batch.spans), generator=generator)[:count].sort().values
+    chosen = [torch.empty(0, dtype=torch.int64)]
+    for index in order.tolist():
+        span = batch.spans[index]
+        rows = torch.randperm(span.num_rows, generator=generator)[:per_sequence]
+        chosen.append(rows.sort().values + span.first_row)
+    return torch.cat(chosen).to(batch.slots.device)
 
 
 @torch.no_grad()

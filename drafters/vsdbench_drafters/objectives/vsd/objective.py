@@ -18,7 +18,7 @@ from torch import Tensor
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
-from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, choose_anchors, merge, trace
+from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, merge, trace
 from vsdbench_drafters.objectives.token import fused
 from vsdbench_drafters.objectives.vsd.estep import EStepSettings, Judged, Sampler, judge, path_metrics
 from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, rejections, soft_targets
@@ -99,7 +99,7 @@ class VSD(PathObjective):
         """Return anchor, path term and CAR; an E-step is made unless this batch's is still to be used again."""
         generator = torch.Generator().manual_seed(batch.seed)
         known = self._rounds.pop(batch.seed, None)
-        anchors = known.anchors if known else choose_anchors(batch, self.num_anchors, generator)
+        anchors = known.anchors if known else self.place(batch, generator)
         terms, branch = self.walk(batch, drafter, target_view, anchors)
         if known:
             hidden = trace(drafter, branch, known.trie)
