@@ -108,7 +108,7 @@ class EagleModel(OneLayerModel):
         Raises:
             ConfigError: It is not an EAGLE checkpoint, or one for another target.
         """
-        config, tensors = EagleConfig.read(folder), read_tensors(folder)
+        tensors = read_tensors(folder)
         fc = tensors.get("fc.weight")
         if fc is None or "layers.0.mlp.up_proj.weight" not in tensors:
             missing = "fc.weight" if fc is None else "layers.0.mlp.up_proj.weight"
@@ -119,7 +119,7 @@ class EagleModel(OneLayerModel):
                 f"'{target.name}' are {2 * target.hidden_size}: it was trained for another target."
             )
         _check_one_layer(folder, tensors)
-        config = config.model_copy(
+        config = EagleConfig.read(folder).model_copy(
             update={"bias": "fc.bias" in tensors, "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors}
         )
         check_vocabulary_size(folder, config.vocab_size, target)

@@ -121,7 +121,7 @@ class Eagle3Model(OneLayerModel):
         Raises:
             ConfigError: It is not an EAGLE-3 checkpoint, or one for another target.
         """
-        config, tensors = Eagle3Config.read(folder), read_tensors(folder)
+        tensors = read_tensors(folder)
         fc = tensors.get("fc.weight")
         if fc is None:
             raise ConfigError(f"checkpoint '{folder}' has no tensor 'fc.weight', so it is not EAGLE-3.")
@@ -130,6 +130,7 @@ class Eagle3Model(OneLayerModel):
                 f"checkpoint '{folder}' takes features {fc.shape[1]} wide, but three layers of target '{target.name}' "
                 f"give {3 * target.hidden_size}: it was trained for another target."
             )
+        config = Eagle3Config.read(folder)
         check_vocabulary_size(folder, config.vocab_size, target)
         draft_ids = draft_vocabulary_of(folder, config.draft_vocab_size, tensors, target)
         embeddings = embeddings_of(folder, config.hidden_size, tensors, target)
