@@ -105,9 +105,8 @@ def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
         tokens[row, : len(ids)] = torch.tensor([int(token) for token in ids])
     # Padding stands on the right, where no real token can see it, so causal attention needs no mask.
     with target.as_shipped() as model:
-        output = model.get_decoder()(input_ids=tokens.to(target.device), output_hidden_states=True, use_cache=False)
-    layers = [output.hidden_states[layer] for layer in target.feature_layers]
-    states = torch.cat([*layers, output.last_hidden_state], dim=-1)
+        output = model.get_decoder()(input_ids=tokens.to(target.device), use_cache=False)
+    states = torch.cat([*target.entered(), output.last_hidden_state], dim=-1)
     return [states[row, : len(ids)].clone() for row, ids in enumerate(sequences)]
 
 

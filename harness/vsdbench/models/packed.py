@@ -68,6 +68,14 @@ def pack(model: nn.Module) -> Switch:
     return switch
 
 
+def unpack(model: nn.Module) -> None:
+    """Turn packed layers back into plain ones, in place; the packed copies are freed."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            del module.packed, module.switch
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
 def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the function that maps ``[n, in]`` to ``[n, out]``: packed where that is possible, plain elsewhere.
 

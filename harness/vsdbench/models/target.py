@@ -27,7 +27,7 @@ from vsdbench.decoding.tree import ancestor_mask
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
 from vsdbench.models.kv_cache import PreallocatedCache
-from vsdbench.models.packed import can_pack, pack
+from vsdbench.models.packed import can_pack, pack, unpack
 
 
 class SequenceState:
@@ -68,6 +68,7 @@ class Target:
         name: str,
         fingerprint: str,
         attention_name: str = "auto",
+        packed: bool = True,
     ) -> None:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
@@ -76,7 +77,7 @@ class Target:
         self.config = model.config.get_text_config()
         self.attention = choose_attention(self.config) if attention_name == "auto" else attention_name
         model.set_attn_implementation(self.attention)
-        self._packing = pack(model) if can_pack(model.device, model.dtype) else None
+        self._packing = pack(model) if packed and can_pack(model.device, model.dtype) else None
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = self.config.hidden_size
@@ -110,8 +111,11 @@ class Target:
         dtype: torch.dtype,
         attention_name: str = "auto",
         trust_remote_code: bool = False,
+        packed: bool = True,
     ) -> Target:
         """Load a model folder (config, safetensors, tokenizer) onto a device.
+
+        Linear layers are packed where that makes them faster, unless they shall stay as they are (``packed=False``).
 
         Raises:
             ConfigError: The folder is not a decoder-only model that transformers knows.
@@ -125,7 +129,7 @@ class Target:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
-        return cls(model, tokenizer, name=name, fingerprint=fingerprint, attention_name=attention_name)
+        return cls(model, tokenizer, name=name, fingerprint=fingerprint, attention_name=attention_name, packed=packed)
 
     def keep_layers(self, count: int) -> None:
         """Cut the model after its first ``count`` layers (early exit), for use as a draft model.
@@ -139,6 +143,14 @@ class Target:
         self.config.num_hidden_layers = self.num_layers = count
         self._cache = None
         self._watch()
+
+    def prepare_sharding(self, device: torch.device) -> nn.ModuleList:
+        """Return the decoder layers, as plain as they were loaded, for a caller that moves the model to ``device``."""
+        if self._packing is not None:
+            unpack(self.model)
+            self._packing = None
+        self.device = device
+        return self._layers()
 
     def _layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = getattr(self._stack, self._layers_name)
@@ -300,9 +312,13 @@ class Target:
     def _keep_last(self, _decoder: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401 - of transformers
         self._last = output.last_hidden_state
 
+    def entered(self) -> list[Tensor]:
+        """Return what entered the three feature layers in the last forward, whoever called the model: ``[B, n, H]``."""
+        return [self._entering[layer] for layer in self.feature_layers]
+
     def _features(self) -> Tensor:
         """Return ``[n, 4H]`` of the last forward: what entered the feature layers, then the last normed states."""
-        return torch.cat([*(self._entering[layer][0] for layer in self.feature_layers), self._last[0]], dim=-1)
+        return torch.cat([*(states[0] for states in self.entered()), self._last[0]], dim=-1)
 
     @contextmanager
     def as_shipped(self) -> Iterator[Any]:
