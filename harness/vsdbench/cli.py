@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vsdbench.bench.run import RunOptions
+    from vsdbench.processes import Processes
 
 app = typer.Typer(
     name="vsdbench",
@@ -211,29 +212,27 @@ def train(  # noqa: PLR0917 - a command's options
     A recipe with several arms trains all of them, with every seed; [bold]NAME:ARM@SEED[/bold] is one alone.
     """
     from vsdbench import registry
-    from vsdbench.bench.run import RunOptions, load_target
+    from vsdbench.processes import joined
 
     names, overrides = _split(items)
     overrides += [f"training.seed={seed}"] if seed is not None else []
     overrides += [f"target={target}"] if target is not None else []
-    console = _console(quiet=quiet)
     load_recipe = registry.load("vsdbench.trainers", "load")
-    options = RunOptions(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    results: list[dict[str, Any]] = []
     members = registry.load("vsdbench.trainers", "members")
     wanted = [
         member for name in _required(names, "recipe", "vsdbench train eagle3-kl-quickstart") for member in members(name)
     ]
     recipes = {name: load_recipe(name, overrides) for name in wanted}  # every mistake is found before hours are spent
-    for name, recipe in recipes.items():
-        if dry_run:
-            results.append({"recipe": name} | registry.load("vsdbench.trainers", "estimate")(recipe))
-        else:
-            model = load_target(recipe.target, options, console)
-            trained = registry.load("vsdbench.trainers", "default")(recipe, target=model, console=console)
-            budget = {"tokens": trained.tokens, "target_forwards": trained.target_forwards, "seconds": trained.seconds}
-            details = {"heldout_tau": trained.heldout.get("tau"), "cached": trained.cached}
-            results.append({"recipe": name, "checkpoint": str(trained.path)} | budget | details)
+    with joined(device) as processes:
+        console = _console(quiet=quiet or not processes.is_first)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        estimate = registry.load("vsdbench.trainers", "estimate")
+        results = [
+            {"recipe": name} | (estimate(recipe) if dry_run else _train_one(recipe, options, processes, console))
+            for name, recipe in recipes.items()
+        ]
+    if not processes.is_first:
+        return
     if as_json:
         _print_json({"schema": 1, "drafters": results})
     else:
@@ -241,6 +240,22 @@ def train(  # noqa: PLR0917 - a command's options
             shown = {k: f"{v:.3f}" if k == "heldout_tau" else f"{v:.0f}" if isinstance(v, float) else v
                      for k, v in result.items() if v is not None}  # fmt: skip
             typer.echo("  ".join(f"{key}: {value}" for key, value in shown.items()))
+
+
+def _train_one(recipe: Any, options: dict[str, Any], processes: Processes, console: Console) -> dict[str, Any]:  # noqa: ANN401
+    """Load a recipe's target, train its drafter, and return what is said of it."""
+    from vsdbench import registry
+    from vsdbench.bench.run import RunOptions, load_target
+    from vsdbench.processes import common_dtype
+
+    options = options | {"device": processes.device, "dtype": common_dtype(options["dtype"], processes)}
+    shard = processes.count > 1 and recipe.training.shard_target
+    with processes.first_goes():
+        model = load_target(recipe.target, RunOptions(**options, load_on_cpu=shard), console)
+    trained = registry.load("vsdbench.trainers", "default")(recipe, target=model, console=console, processes=processes)
+    budget = {"tokens": trained.tokens, "target_forwards": trained.target_forwards, "seconds": trained.seconds}
+    details = {"heldout_tau": trained.heldout.get("tau"), "cached": trained.cached}
+    return {"checkpoint": str(trained.path)} | budget | details
 
 
 @app.command("list")

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vsdbench.processes import Processes
 from vsdbench_drafters.training.checkpoint import load_state, save_state
+from vsdbench_drafters.training.distributed import check_division, own_share, same_start, sum_gradients
 from vsdbench_drafters.training.features import BatchMaker, plan_batches
 from vsdbench_drafters.training.optim import lr_scale, make_optimisers
 
@@ -52,13 +54,17 @@ class TrainingLoop:
         model: The drafter, float32 weights.
         objective: What is minimised.
         maker: Makes batches from the training data.
-        heldout: Judges the drafter now and then and at the end; None: never.
+        heldout: Judges the drafter now and then and at the end; None: never. Only the first process needs one.
         config: How to train.
         evaluations: How often, the one at the end included.
         select: A held-out number; the weights of the evaluation where it was highest are kept. None: those of the end.
         autocast: bfloat16 products.
         folder: For ``resume.safetensors`` and ``log.jsonl``.
         key: Hash of this training: a checkpoint of another one is not resumed.
+        processes: Those that train this drafter together; None: this one alone. Each has a loop made in the same way.
+
+    Raises:
+        ConfigError: The batches of a step cannot be divided over the processes.
     """
 
     def __init__(
@@ -74,7 +80,11 @@ class TrainingLoop:
         key: str,
         evaluations: int = _EVALUATIONS,
         select: str | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self._processes = processes or Processes()
+        check_division(config.accumulate, self._processes)
+        same_start(model, self._processes)
         self.model = model
         self._objective = objective
         if begin := getattr(objective, "begin", None):
@@ -124,7 +134,7 @@ class TrainingLoop:
 
     @property
     def target_forwards(self) -> int:
-        """Forwards of the target so far, a sequence each."""
+        """Forwards of the target so far, a sequence each, by all processes."""
         return self._maker.num_forwards
 
     def run(self, *, resume: bool = True, report: Callable[[Progress], None] = lambda _: None) -> Progress:
@@ -136,8 +146,10 @@ class TrainingLoop:
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint was written before.
+            EnvironmentProblemError: Another process stopped, or reads another checkpoint.
         """
         done = self._restore() if resume else 0
+        self._processes.agree(done, "the step that training goes on from")
         tokens = sum(self._rows[i] for step in self._steps[:done] for batch in step for i in batch)
         saved = time.monotonic()
         marks = {self.num_steps * i // self._evaluations for i in range(1, self._evaluations)}
@@ -154,36 +166,41 @@ class TrainingLoop:
                 report(progress)
                 if not self._whole_round(step + 1):
                     continue
-                if interrupted.is_set() or time.monotonic() - saved > self._config.checkpoint_s:
+                stop = any(self._processes.gather(interrupted.is_set()))
+                if self._processes.is_first and (stop or time.monotonic() - saved > self._config.checkpoint_s):
                     self._save(step + 1)
                     saved = time.monotonic()
-                if interrupted.is_set():
+                if stop:
+                    self._processes.gather(None)  # one that ends takes the others with it: not before it is saved
                     raise KeyboardInterrupt
         return self._finish(progress)
 
     def _step(self, step: int) -> float:
         """Do one optimiser step; return the mean loss of its batches."""
         batches = self._steps[step]
-        total = 0.0
+        share, before = 0.0, self._maker.num_forwards
         repeats = int(getattr(self._objective, "m_steps", 1))
-        for number, indices in enumerate(batches):
+        for number, indices in own_share(batches, self._processes):
             seed = batch_seed(self._config.seed, step // repeats, number)
             batch, view = self._maker.make(indices, seed=seed)
             with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
                 output = self._objective.loss(batch, self.model, view)
             (output.loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            total += float(output.loss.detach()) / len(batches)
+            share += float(output.loss.detach()) / len(batches)
             for name, value in output.metrics.items():
                 sums = self._sums.setdefault(name, [0.0, 0.0])
                 sums[0] += float(value)
                 sums[1] += 1
+        done = self._processes.gather((share, self._maker.num_forwards - before))
+        self._maker.num_forwards = before + sum(forwards for _, forwards in done)
+        sum_gradients(self._trained.values(), self._processes)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.clip)
         config = self._config
         self._optimisers.step(lr_scale(step, self.num_steps, warmup=config.warmup, schedule=config.schedule))
         with torch.no_grad():
             for name, mean in self._average.items():
                 mean.lerp_(self._trained[name], 1 - min(config.ema, (step + 1) / (step + 10)))
-        return total
+        return sum(loss for loss, _ in done)
 
     def _finish(self, progress: Progress) -> Progress:
         with torch.no_grad():
@@ -197,9 +214,13 @@ class TrainingLoop:
 
     def _evaluate(self, step: int, tokens: int, loss: float) -> None:
         """Judge the drafter as it is, log it, and keep its weights if it is the best so far."""
-        if self._heldout is None:
+        heldout = self._heldout
+        found = self._processes.from_first(
+            lambda: None if heldout is None else heldout.evaluate(self.model, autocast=self._autocast)
+        )
+        if found is None:
             return
-        self._metrics = self._heldout.evaluate(self.model, autocast=self._autocast)
+        self._metrics = found
         self._log(step, tokens, loss)
         if self._select is not None and self._metrics[self._select] > self._best_value:
             self._best_value, self.best_step = self._metrics[self._select], step
@@ -244,8 +265,16 @@ class TrainingLoop:
         return step
 
     def _log(self, step: int, tokens: int, loss: float) -> None:
-        means = {f"train_{name}": total / count for name, (total, count) in self._sums.items()}
+        sums: dict[str, list[float]] = {}
+        for part in self._processes.gather(self._sums):
+            for name, (total, count) in part.items():
+                both = sums.setdefault(name, [0.0, 0.0])
+                both[0] += total
+                both[1] += count
         self._sums = {}
+        if not self._processes.is_first:
+            return
+        means = {f"train_{name}": total / count for name, (total, count) in sums.items()}
         entry: dict[str, Any] = {"step": step, "tokens": tokens, "loss": loss, **self._metrics, **means}
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "log.jsonl").open("a", encoding="utf-8") as file:

@@ -97,6 +97,8 @@ class TrainingConfig(Config):
         features: ``online`` runs the target for every batch; ``cached`` once, to a file that later arms read.
         autocast: Products in bfloat16 with float32 weights; ``auto``: if that is the target's dtype.
         checkpoint_s: Seconds between resumable checkpoints.
+        compile: ``torch.compile`` for the loss; ``auto``: on GPUs.
+        shard_target: Under torchrun, every process keeps a share of the target's layers, which need not fit into one.
     """
 
     epochs: int = Field(default=1, ge=1)
@@ -116,6 +118,8 @@ class TrainingConfig(Config):
     features: Literal["online", "cached"] = "cached"
     autocast: bool | Literal["auto"] = "auto"
     checkpoint_s: float = Field(default=60.0, gt=0)
+    compile: bool | Literal["auto"] = "auto"
+    shard_target: bool = False
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> Self:
@@ -181,7 +185,9 @@ class RecipeConfig(Config):
         content = self.model_dump(mode="json", exclude={"name", "version", "description", "target", "warm_start"})
         if self.evaluation is None:
             del content["evaluation"]
-        del content["training"]["features"], content["training"]["checkpoint_s"], content["data"]["slots"]
+        del content["data"]["slots"]
+        for speed in ("features", "checkpoint_s", "compile", "shard_target"):
+            del content["training"][speed]
         return content
 
 

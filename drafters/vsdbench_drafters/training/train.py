@@ -19,8 +19,11 @@ from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
+from vsdbench.processes import Processes
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
+from vsdbench_drafters.training.compiled import compile_row_losses, wants_compiling
 from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
+from vsdbench_drafters.training.distributed import check_division, shard_target
 from vsdbench_drafters.training.features import (
     BatchMaker,
     FeatureSource,
@@ -81,6 +84,7 @@ def train(
     overrides: Sequence[str] = (),
     console: Console | None = None,
     resume: bool = True,
+    processes: Processes | None = None,
 ) -> TrainedDrafter:
     """Return the drafter of a recipe, from the cache or trained now (entry point ``default``).
 
@@ -90,26 +94,39 @@ def train(
         overrides: ``key=value`` changes, for a recipe given by name.
         console: Where progress goes; None shows nothing.
         resume: Continue a training that was stopped.
+        processes: Those that train it together, this one among them (``vsdbench.processes``); None: this one alone.
 
     Raises:
-        ConfigError: The recipe is not valid.
-        EnvironmentProblemError: The data cannot be made, or the disk is full.
+        ConfigError: The recipe is not valid, or its batches cannot be divided over the processes.
+        EnvironmentProblemError: The data cannot be made, the disk is full, or another process stopped.
     """
     if not isinstance(recipe, RecipeConfig):
         recipe = load_recipe(recipe, overrides)
-    console = console or Console(quiet=True)
+    processes = processes or Processes()
+    console = console if console is not None and processes.is_first else Console(quiet=True)
     folder = cache_dir() / "drafters" / drafter_key(recipe, target)
-    if (found := _open(folder)) is not None:
+    found = _open(folder)
+    processes.agree((folder.name, found is not None), "the drafter and whether it is in the cache")
+    if found is not None:
         return found
-    warm = train(recipe.warm_start, target=target, console=console, resume=resume) if recipe.warm_start else None
-    data = ensure_data(recipe.data, target, console=console)
+    check_division(recipe.training.accumulate, processes)
+    if recipe.training.shard_target and processes.count > 1 and not processes.lends:
+        shard_target(target, processes)
+    warm = None
+    if recipe.warm_start is not None:
+        warm = train(recipe.warm_start, target=target, console=console, resume=resume, processes=processes)
+    with processes.first_goes():
+        data = ensure_data(recipe.data, target, console=console)
+    processes.agree(data.fingerprint, "the training data")
     model, words = _initial(recipe, target, data, warm)
     console.print(
         f"Training {recipe.name}: {data.num_response_tokens:,} response tokens, {recipe.training.epochs} epoch(s); "
         f"{words}.",
         highlight=False,
     )
-    loop, final = _run(recipe, target, data, model=model, folder=folder, console=console, resume=resume)
+    loop, final = _run(
+        recipe, target, data, model=model, folder=folder, console=console, resume=resume, processes=processes
+    )
     summary = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": _recipe_hash(recipe),
@@ -124,14 +141,21 @@ def train(
         "selected_step": loop.best_step if recipe.evaluation and recipe.evaluation.select == "best" else final.step,
         "heldout": final.heldout,
     }
-    loop.model.save(folder)
+    with processes.first_goes():
+        if processes.is_first:
+            _save(loop.model, folder, summary)
+    trained = _open(folder)
+    processes.agree(trained is not None, "what is in the cache")
+    assert trained is not None
+    return replace(trained, cached=False, warm_start=warm)
+
+
+def _save(model: DraftModel, folder: Path, summary: dict[str, Any]) -> None:
+    model.save(folder)
     partial = folder / "training.json.partial"
     partial.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(folder / "training.json")  # written last: a folder that has it is complete
     (folder / "resume.safetensors").unlink(missing_ok=True)
-    trained = _open(folder)
-    assert trained is not None
-    return replace(trained, cached=False, warm_start=warm)
 
 
 def drafter_key(recipe: RecipeConfig, target: Target) -> str:
@@ -221,22 +245,29 @@ def _run(
     folder: Path,
     console: Console,
     resume: bool,
+    processes: Processes,
 ) -> tuple[TrainingLoop, Progress]:
     config, evaluation = recipe.training, recipe.evaluation
     head = target.model.get_output_embeddings().weight
-    maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
+    with processes.first_goes():
+        maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
+        heldout = _evaluator(recipe, target, data, model) if processes.is_first else None
+    objective = make_objective(recipe.objective)
+    if wants_compiling(config.compile, target.device):
+        compile_row_losses(objective)
     autocast = target.dtype == torch.bfloat16 if config.autocast == "auto" else config.autocast
     loop = TrainingLoop(
         model=model,
-        objective=make_objective(recipe.objective),
+        objective=objective,
         maker=maker,
-        heldout=_evaluator(recipe, target, data, model),
+        heldout=heldout,
         config=config,
         autocast=autocast,
         folder=folder,
         key=folder.name,
         **({} if evaluation is None else {"evaluations": evaluation.times}),
         select="tau" if evaluation is not None and evaluation.select == "best" else None,
+        processes=processes,
     )
     with _bar(console) as bar:
         task = bar.add_task("Training", total=loop.num_steps, status="")

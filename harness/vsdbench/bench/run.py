@@ -52,6 +52,7 @@ class RunOptions:
         run: Continue this run (an id, a unique beginning of it, or ``latest``).
         results: Folder of runs.
         trust_remote_code: Whether a hub model may bring code.
+        load_on_cpu: The target is loaded there, since the device cannot hold it until it is sharded.
     """
 
     overrides: Sequence[str] = ()
@@ -63,6 +64,7 @@ class RunOptions:
     run: str | None = None
     results: Path | None = None
     trust_remote_code: bool = False
+    load_on_cpu: bool = False
 
 
 def load_target(name: str, options: RunOptions, console: Console) -> Target:
@@ -81,9 +83,10 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
         files.path,
         name=name,
         fingerprint=files.fingerprint,
-        device=device,
+        device=choose_device("cpu") if options.load_on_cpu else device,
         dtype=dtype,
         trust_remote_code=options.trust_remote_code,
+        packed=not options.load_on_cpu,
     )
     console.print(f"target {name} ({files.fingerprint}) on {device}, {str(dtype).removeprefix('torch.')}")
     return target
