@@ -57,7 +57,7 @@ class TrainedDrafter:
     """A drafter on disk.
 
     Attributes:
-        path: Checkpoint folder in the EAGLE-3 format.
+        path: Checkpoint folder in the public format of its architecture.
         cached: It was there already.
         seconds: What training it took (data apart), when it was trained.
         tokens: Response tokens seen, every epoch counted.
