@@ -110,7 +110,7 @@ class Processes:
             dist.all_gather_object(found, item, group=self._channel)
         except RuntimeError as error:  # the channel was closed
             raise EnvironmentProblemError(
-                "another process of this command has stopped, see its own message above or below; this one stops too."
+                "another process of this command stopped, and this one with it; its own message says why."
             ) from error
         return found
 
