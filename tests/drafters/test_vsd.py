@@ -158,6 +158,21 @@ def test_corrected_paths_start_with_a_token_of_the_target():
     assert (found - p[0]).abs().max() < 0.006
 
 
+def test_leaves_of_a_tree_are_weighted_as_what_they_are():
+    """They are enumerated and not drawn: their weights are the posterior restricted to them."""
+    q, p = tables(3)
+    exact, _ = exact_posterior(q, p, "tree", 0.7)
+    leaves = every_path()[[1, 3, 4, 8]]
+    paths = Paths(leaves[None], torch.full((1, 4), DEPTH), 0)
+    trie = merge(paths, WIDTH)
+    rows = torch.where(trie.tokens < 0, 0, trie.tokens + 1)
+    scores = Scores(q[rows], p[rows], torch.full((len(trie),), -1))
+    chosen = EStepSettings(min_ess=0, clip=0, oracle=False, model="tree", beta=0.7)
+    weights = judge(chosen, paths, trie, scores, torch.Generator()).weights[0]
+    kept = exact[[1, 3, 4, 8]]
+    torch.testing.assert_close(weights, kept / kept.sum())
+
+
 # ---- weights ----
 
 
@@ -456,6 +471,7 @@ def test_on_policy_reverse_kl_is_the_mean_over_paths(setting):
     objective.score = watch_score
     loss = objective.loss(setting.batch, setting.model, setting.view).loss
     q, p = seen["scores"].draft, seen["scores"].target
+    p = p / p.sum(-1, keepdim=True)  # over the draft vocabulary
     divergence = (q * (q.log() - p.log())).sum(-1)
     assert torch.isclose(loss, divergence[seen["trie"].rows].sum(-1).mean(-1).mean())
 
@@ -471,6 +487,7 @@ def test_on_policy_reverse_kl_is_the_mean_over_paths(setting):
         ({"omega": -1.0}, "omega is -1.0"),
         ({"paths": 0}, "paths is 0"),
         ({"share": 0.0}, "share is 0.0"),
+        ({"targets": "full", "oracle": False}, "leaves out"),
     ],
 )
 def test_wrong_options_are_named(options, words):

@@ -169,7 +169,8 @@ class GroupTree(PathObjective):
         omega: Weight of the tree term beside the anchor loss.
         eta: η of the smooth maximum.
         clip: ε of PPO.
-        m_steps: Optimiser steps on one set of trees; with one the ratio is 1 and nothing is clipped.
+        m_steps: Optimiser steps on one set of trees. With one, as other objectives have, the ratio is 1 and nothing is
+            clipped.
         base: See ``PathObjective``; ``paths`` and ``proposals`` have no meaning here.
     """
 
@@ -181,7 +182,7 @@ class GroupTree(PathObjective):
         omega: float = 0.5,
         eta: float = 1.0,
         clip: float = 0.2,
-        m_steps: int = 2,
+        m_steps: int = 1,
         **base: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**base, proposals="tree")

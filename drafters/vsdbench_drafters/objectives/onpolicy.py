@@ -61,7 +61,8 @@ class OnPolicy(PathObjective):
         path_term = token.fused(
             hidden,
             drafter.head(),
-            scores.target,
+            # As elsewhere, p is renormalised over the draft vocabulary: closed-form gradients need Σ p = 1.
+            scores.target / scores.target.sum(-1, keepdim=True),
             weights * (self.omega / max(1, len(anchors))),
             self._divergence.row_losses,
         )

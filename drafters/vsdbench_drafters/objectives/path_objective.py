@@ -35,7 +35,7 @@ class PathObjective(ForwardKL):
         anchor: ``kl``: the soft cross-entropy of EAGLE-3 on the data; ``off``: none.
         anchors: Anchor positions a sequence.
         share: Of a batch's sequences that get anchors.
-        paths: S, proposals an anchor (leaves of a tree come on top of that where ``proposals`` is ``mixed``).
+        paths: S, proposals an anchor; ``mixed`` draws half as many and takes all leaves of the tree besides.
         depth: L, tokens a path.
         proposals: ``sampled`` from q, ``tree``: the leaves that decoding's dynamic tree would send, or both.
         tree_budget: Nodes of that tree.

@@ -38,7 +38,7 @@ class EStepSettings:
     Attributes:
         model: What acceptance means.
         oracle: Apply the accept test; False keeps every proposal whole and puts κ into the weights instead.
-        kl: Weights contain log p - log q.
+        kl: Weights contain log p - log q (log p for leaves of trees, which are enumerated and not drawn).
         beta: Temperature of the utility in the weights; None: infinite, no utility.
         sampler: Importance weights, or visits of a Metropolis-Hastings chain.
         arw: Weights at all; False: 1 / S each.
@@ -105,7 +105,10 @@ def judge(settings: EStepSettings, paths: Paths, trie: Trie, scores: Scores, gen
     kept = valid & (depth < num_accepted[..., None])
     log_weights = torch.zeros_like(utility)
     if settings.kl:
-        log_weights = log_weights + ((log_p - log_q) * kept).sum(-1)
+        # Only draws have a proposal density; leaves of a tree are enumerated.
+        density = log_q.clone()
+        density[:, paths.sampled :] = 0
+        log_weights = log_weights + ((log_p - density) * kept).sum(-1)
     if not settings.oracle:
         log_weights = log_weights + log_validity(accept, valid)
     if settings.beta is not None:

@@ -27,8 +27,9 @@ class MStepSettings:
 
     Attributes:
         model: What acceptance means.
-        targets: ``sampled``: the tokens of the corrected paths. ``full``: their expectation given the contexts, from
-            the target's whole distribution: the same gradient on average, with less noise.
+        targets: ``sampled``: the tokens of the corrected paths. ``full``: in every context that was reached, the
+            expectation of that token from both models' whole distributions. Where all paths weigh the same (``arw``
+            off) its gradient is the sampled one's mean, with less noise; otherwise weights go by the paths as drawn.
         arw: Correction tokens weigh 1 - ᾱ, ᾱ their anchor's mean acceptance; False: 1.
         correction: Corrections are learnt at all.
         car: Which penalty.

@@ -75,6 +75,10 @@ class VSD(PathObjective):
         check_choice(self.name, "sampler", sampler, ("importance", "mh"))
         check_choice(self.name, "targets", targets, ("sampled", "full"))
         check_choice(self.name, "car_form", car_form, ("linear", "squared", "unlikelihood"))
+        if targets == "full" and not oracle:
+            raise ConfigError(
+                "vsd: targets: full is the expectation of the accept test, which oracle: false leaves out."
+            )
         if beta is not None and beta <= 0:
             raise ConfigError(f"vsd: beta is {beta}; it must be above 0, or null for no utility.")
         if not 1 <= m_steps <= 4:

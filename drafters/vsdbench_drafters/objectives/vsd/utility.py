@@ -22,6 +22,7 @@ def acceptance(model: Acceptance, q: Tensor, p: Tensor, is_choice: Tensor) -> Te
     ``sampled``: min(1, p / q), rejection sampling of tokens drawn from q. ``tree``: p, a child that was chosen
     deterministically, T > 0. ``greedy``: 1 if the token is the target's choice, T = 0.
 
+    >>> import torch
     >>> acceptance("sampled", torch.tensor([0.5, 0.2]), torch.tensor([0.1, 0.4]), torch.tensor([False, True]))
     tensor([0.2000, 1.0000])
     """
@@ -35,6 +36,7 @@ def expected_length(accept: Tensor) -> Tensor:
 
     Tokens behind a path's end have a = 0.
 
+    >>> import torch
     >>> expected_length(torch.tensor([0.5, 0.5, 0.0]))
     tensor(0.7500)
     """

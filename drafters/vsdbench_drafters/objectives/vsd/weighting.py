@@ -1,7 +1,8 @@
 """From log weights of S paths to weights that can be trained with: importance sampling, Metropolis-Hastings, ESS.
 
-The posterior is π(z) ∝ p(z) κ(z) exp(U / β), proposals come from q: log w = log p - log q + log κ + U / β. Where the
-accept test has already been applied, survivors are distributed as ∏ min(p, q) = q κ, and log κ is dropped.
+The posterior is π(z) ∝ p(z) κ(z) exp(U / β). Proposals drawn from q weigh log w = log p - log q + log κ + U / β; leaves
+of a tree are enumerated and not drawn, so for them - log q is left out and π is restricted to what was enumerated.
+Where the accept test has already been applied, survivors are κ times rarer, and log κ is dropped.
 
 Shape legend: A anchors, S paths.
 """
