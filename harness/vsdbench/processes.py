@@ -108,11 +108,20 @@ class Processes:
         found: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(found, item, group=self._channel)
-        except RuntimeError as error:  # the channel was closed
+        except RuntimeError:
+            closed = True  # raised below: an error that held this one would hold the channel, see ``leave``
+        else:
+            closed = False
+        if closed:
             raise EnvironmentProblemError(
                 "another process of this command stopped, and this one with it; its own message says why."
-            ) from error
+            )
         return found
+
+    def leave(self) -> None:
+        """Give up the channel, which nobody else may hold: its threads end with it, before the interpreter does."""
+        channel, self._channel = self._channel, None
+        dist.destroy_process_group(channel)
 
 
 def own_device(name: str) -> torch.device:
@@ -140,8 +149,8 @@ def own_device(name: str) -> torch.device:
 def joined(device: str = "auto") -> Iterator[Processes]:
     """Join the processes that torchrun started; alone where it did not.
 
-    NCCL carries what is large between GPUs, gloo between CPUs. Where the block fails, the group is left as it is: its
-    calls may hang, and the end of the process closes it.
+    NCCL carries what is large between GPUs, gloo between CPUs. Where the block fails, NCCL is left as it is: its calls
+    may hang then, and the end of the process closes it.
 
     Args:
         device: As in ``choose_device``; with several processes, ``cuda`` is each one's own GPU.
@@ -158,14 +167,21 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         torch.cuda.set_device(own)
     try:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
-        channel = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        processes = Processes(
+            dist.get_rank(), count, device=str(own), channel=dist.new_group(backend="gloo", timeout=_PATIENCE)
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EnvironmentProblemError(f"the processes cannot find each other: {reason}") from error
-    processes = Processes(dist.get_rank(), count, device=str(own), channel=channel)
-    yield processes
-    processes.gather(None)
-    dist.destroy_process_group()
+    clean = own.type == "cpu"
+    try:
+        yield processes
+        processes.gather(None)
+        clean = True
+    finally:
+        processes.leave()
+        if clean:
+            dist.destroy_process_group()
 
 
 def common_dtype(name: str, processes: Processes) -> str:

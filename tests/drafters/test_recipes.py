@@ -55,7 +55,8 @@ def test_an_option_that_the_objective_does_not_take():
 def test_only_what_changes_the_weights_is_hashed():
     path = FOLDER / "eagle3-kl-quickstart.yaml"
     base = content_hash(load_recipe(path).content())
-    for same in ("training.features=online", "training.checkpoint_s=5", "description=x", "data.slots=3"):
+    speed = ("features=online", "checkpoint_s=5", "compile=true", "shard_target=true")
+    for same in (*(f"training.{change}" for change in speed), "description=x", "data.slots=3"):
         assert content_hash(load_recipe(path, [same]).content()) == base
     for other in ("training.lr=1e-4", "training.seed=1", "objective.type=ce", "data.num_tokens=5"):
         assert content_hash(load_recipe(path, [other]).content()) != base

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.models.packed import PackedLinear, can_pack, pack, product
+from vsdbench.models.packed import PackedLinear, can_pack, pack, product, unpack
 from vsdbench.models.target import Target
 
 CPU = torch.device("cpu")
@@ -243,3 +243,15 @@ def test_a_product_is_the_linear_map_of_its_weight_packed_or_not(dtype):
     assert result.dtype == dtype
     torch.testing.assert_close(result, torch.nn.functional.linear(rows, weight), atol=0.05, rtol=0.02)
     assert not torch.allclose(product(2 * weight)(rows), result)
+
+
+@needs_packing
+def test_unpacked_layers_are_what_they_were():
+    layer, _ = make_layer()
+    inputs = rows(3, 24)
+    mislead(layer)
+    assert used_packed(layer, inputs)
+    unpack(nn.Sequential(layer))
+    assert type(layer) is nn.Linear
+    assert not hasattr(layer, "packed")
+    assert torch.equal(layer(inputs), linear(inputs, layer.weight, layer.bias))
