@@ -250,6 +250,7 @@ def _train_one(recipe: Any, options: dict[str, Any], processes: Processes, conso
 
     options = options | {"device": processes.device, "dtype": common_dtype(options["dtype"], processes)}
     shard = processes.count > 1 and recipe.training.shard_target
+    processes.lend(None)  # the target of the recipe before this one, if that was sharded
     with processes.first_goes():
         model = load_target(recipe.target, RunOptions(**options, load_on_cpu=shard), console)
     trained = registry.load("vsdbench.trainers", "default")(recipe, target=model, console=console, processes=processes)

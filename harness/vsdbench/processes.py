@@ -90,14 +90,9 @@ class Processes:
 
     # ---- work that no process can do alone ----
 
-    def lend(self, helper: Callable[[], None]) -> None:
-        """Set what a waiting process runs whenever another one calls for help."""
+    def lend(self, helper: Callable[[], None] | None) -> None:
+        """Set what a waiting process runs whenever another one calls for help; None: there is no such work."""
         self._helper = helper
-
-    @property
-    def lends(self) -> bool:
-        """Whether there is such work."""
-        return self._helper is not None
 
     def call(self) -> None:
         """Call for help: those that wait now run the helper, while this process runs its own part."""

@@ -109,9 +109,12 @@ def shard_target(target: Target, processes: Processes) -> None:
     From now on every forward of the target needs all processes: they run one, or wait in ``gather``.
 
     Args:
-        target: Loaded in the same way by every process; on the CPU, where one GPU cannot hold it.
+        target: Loaded in the same way by every process; on the CPU, where one GPU cannot hold it. One that is sharded
+            already stays as it is.
         processes: At least two.
     """
+    if any(_is_sharded(parameter) for parameter in target.model.parameters()):
+        return
     device = torch.device(processes.device)
     decoder, layers = target.model.get_decoder(), target.prepare_sharding(device)
     mesh = init_device_mesh(device.type, (processes.count,))

@@ -110,7 +110,7 @@ def train(
     if found is not None:
         return found
     check_division(recipe.training.accumulate, processes)
-    if recipe.training.shard_target and processes.count > 1 and not processes.lends:
+    if recipe.training.shard_target and processes.count > 1:
         shard_target(target, processes)
     warm = None
     if recipe.warm_start is not None:
