@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vsdbench.decoding.engine import DecodeSettings, decode
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView, unroll
+from vsdbench_drafters.objectives.misalignment import Misalignment, misalignment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vsdbench_drafters.training.features import BatchMaker
 
 NUM_STEPS = 4
+_ANCHORS = 4  # of a held-out answer, for misalignment
 
 
 class Evaluator(Protocol):
@@ -114,6 +116,7 @@ class DecodedHeldOut:
         prompts: Prompt token ids.
         settings: How they are decoded.
         build: Makes the decode-time drafter of a model.
+        batches: Held-out batches with a target to ask, for the numbers of ``objectives.misalignment``; none: without.
     """
 
     def __init__(
@@ -123,12 +126,15 @@ class DecodedHeldOut:
         prompts: Sequence[Sequence[int]],
         settings: DecodeSettings,
         build: Callable[[DraftModel], Drafter],
+        *,
+        batches: Sequence[tuple[DraftBatch, TargetView]] = (),
     ) -> None:
         self._scores = scores
         self._target = target
         self._prompts = prompts
         self._settings = settings
         self._build = build
+        self._batches = batches
 
     def evaluate(self, drafter: DraftModel, *, autocast: bool) -> dict[str, float]:
         """Return ``HeldOut``'s numbers, ``tau``, and ``kept_at_depth_d``: drafts kept at depth d, a step."""
@@ -141,4 +147,17 @@ class DecodedHeldOut:
         found["tau"] = sum(step.num_emitted for step in steps) / count
         for depth in range(1, self._settings.shape.depth + 1):
             found[f"kept_at_depth_{depth}"] = sum(step.num_accepted >= depth for step in steps) / count
-        return found
+        return found | self._misalignment(drafter, autocast=autocast)
+
+    def _misalignment(self, drafter: DraftModel, *, autocast: bool) -> dict[str, float]:
+        shape = self._settings.shape
+        if not self._batches or shape.kind != "dynamic":
+            return {}
+        total = Misalignment()
+        for batch, view in self._batches:
+            with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=autocast):
+                total += misalignment(
+                    batch, drafter, view,
+                    per_sequence=_ANCHORS, budget=shape.budget, top_k=shape.top_k, depth=shape.depth,
+                )  # fmt: skip
+        return total.shares()

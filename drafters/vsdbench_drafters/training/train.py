@@ -304,7 +304,14 @@ def _evaluator(
         rule="coupled" if wanted.temperature else "greedy",
         sampling=SamplingParams(temperature=wanted.temperature),
     )
-    return DecodedHeldOut(scores, target, prompts, settings, lambda drafter: drafter.drafter(target.dtype))
+    batches = []
+    if model.one_head:  # the drafters whose paths can be drawn
+        asking = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model, target)
+        plan = plan_batches(rows[: wanted.prompts], 1024, seed=0, epoch=0)
+        batches = [asking.make(indices, seed=number) for number, indices in enumerate(plan)]
+    return DecodedHeldOut(
+        scores, target, prompts, settings, lambda drafter: drafter.drafter(target.dtype), batches=batches
+    )
 
 
 def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:

@@ -33,7 +33,8 @@ def grouped_attention(  # noqa: PLR0917 - the order is transformers'
         query: ``[B, heads, n, head_dim]``.
         key: ``[B, kv_heads, K, head_dim]``.
         value: ``[B, kv_heads, K, value_dim]``.
-        attention_mask: ``[B or 1, 1, n, K]`` additive, or None for full causal attention.
+        attention_mask: ``[B or 1, 1, n, K]`` additive, or already once a query head of a group, ``[…, heads / kv_heads
+            * n, K]`` (``stack_mask``); None for full causal attention.
         dropout: Dropout probability.
         scaling: Factor of the scores; None means 1 / sqrt(head_dim).
         **kwargs: ``softcap`` and ``s_aux`` (attention sinks) are refused: such models use their eager attention.
@@ -57,9 +58,20 @@ def grouped_attention(  # noqa: PLR0917 - the order is transformers'
         )
         return output.transpose(1, 2).contiguous(), None
     stacked = query.reshape(batch, key.shape[1], groups * num_queries, width)
-    mask = attention_mask if num_queries == 1 else attention_mask.repeat(1, 1, groups, 1)
+    mask = stack_mask(attention_mask, groups) if attention_mask.shape[-2] == num_queries else attention_mask
     output = scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return output.reshape(batch, heads, num_queries, -1).transpose(1, 2).contiguous(), None
+
+
+def stack_mask(mask: Tensor, groups: int) -> Tensor:
+    """Return the mask once for each query head of a group, along the query axis; one query's mask serves them all."""
+    return mask if groups == 1 or mask.shape[-2] == 1 else mask.repeat(1, 1, groups, 1)
+
+
+def groups(model: nn.Module) -> int:
+    """Return the query heads that share a key-value head, 1 where layers differ or do not say."""
+    found = {int(getattr(module, "num_key_value_groups", 0)) for module in model.modules()} - {0}
+    return found.pop() if len(found) == 1 else 1
 
 
 def register() -> str:

@@ -77,6 +77,7 @@ class Target:
         self.config = model.config.get_text_config()
         self.attention = choose_attention(self.config) if attention_name == "auto" else attention_name
         model.set_attn_implementation(self.attention)
+        self._groups = attention.groups(model) if self.attention == attention.NAME else 1
         self._packing = pack(model) if packed and can_pack(model.device, model.dtype) else None
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -275,7 +276,8 @@ class Target:
 
         def additive(keep: Tensor) -> Tensor:
             mask = torch.zeros(keep.shape, dtype=self.dtype, device=self.device)
-            return mask.masked_fill_(~keep, torch.finfo(self.dtype).min)[None, None]
+            mask = mask.masked_fill_(~keep, torch.finfo(self.dtype).min)[None, None]
+            return attention.stack_mask(mask, self._groups)  # once, and not once a layer
 
         sliding = "sliding_attention" in self._layer_types
         if self._layer_types and not sliding:
