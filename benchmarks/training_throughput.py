@@ -102,9 +102,7 @@ def main() -> None:
     found = fetch_model("smollm2-135m-q4", progress=True)
     device = torch.device("cpu")
     dtype = choose_dtype("auto", device)
-    target = Target.load(
-        found.path, name="smollm2-135m-q4", fingerprint=found.fingerprint, device=device, dtype=dtype
-    )
+    target = Target.load(found.path, name="smollm2-135m-q4", fingerprint=found.fingerprint, device=device, dtype=dtype)
     data = ensure_data(load_recipe("eagle3-kl-quickstart").data, target, console=console)
     features = cached_features(target, data.sequences, cache_dir() / "features", fingerprint=data.fingerprint)
     vocabulary, _ = draft_vocabulary(data.sequences, target.vocab_size, args.vocabulary, sorted(target.eos_ids))

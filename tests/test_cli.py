@@ -229,3 +229,10 @@ def test_guard_lets_bugs_through(raised):
 
     with pytest.raises(type(raised), match=str(raised.args[-1])):
         verb(fail)()
+
+
+def test_run_is_not_for_torchrun(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call("run", "smoke")
+    assert result.exit_code == 2
+    assert "without torchrun" in result.output

@@ -131,7 +131,10 @@ def run(  # noqa: PLR0917 - a command's options
     [bold]vsdbench run suites/quickstart.yaml --limit 4 repeats=3[/bold]
     """
     from vsdbench.bench.run import RunOptions
+    from vsdbench.errors import ConfigError
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("vsdbench run measures with one process; start it without torchrun, which is for train.")
     names, overrides = _split(items)
     if seed is not None:
         overrides.append(f"seed={seed}")

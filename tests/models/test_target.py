@@ -57,7 +57,7 @@ def test_tree_forward_is_one_plain_forward_per_path(family):
     state = begun(target)
     output = target.forward_tree(state, TREE)
     assert output.logits.shape == (len(TREE) + 1, VOCAB)
-    assert output.logits.dtype == torch.float32
+    assert output.logits.dtype == target.dtype
     for row in range(len(TREE) + 1):
         path = [*state.tokens, *(int(TREE.tokens[node]) for node in path_of(TREE, row))]
         logits, features = stock_forward(family, path, target.feature_layers)

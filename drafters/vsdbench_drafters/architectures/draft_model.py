@@ -78,7 +78,7 @@ class DraftModelDrafter:
         ids = torch.tensor(list(tokens), device=device)
         logits = self.model.forward(ids, positions, visible, keys, cache, logits_to_keep=1)
         cache.length = stop
-        return logits[-1]
+        return logits[-1].float()
 
     # ---- LevelScorer ----
 
@@ -107,7 +107,7 @@ class DraftModelDrafter:
         keys = torch.cat([torch.arange(self._base, device=device), scratch])
         cache.length = self._base + first
         logits = self.model.forward(tokens, positions, visible, keys, cache)
-        return self._log_probs(logits)
+        return self._log_probs(logits.float())
 
     def to_target(self, ids: Tensor) -> Tensor:
         """Draft and target ids are the same."""

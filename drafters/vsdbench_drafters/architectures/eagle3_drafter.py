@@ -34,7 +34,7 @@ class Eagle3Layer(CachedLayer):
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Return ``[n, Vd]`` float32 log-probabilities: final norm, then the drafter's own LM head."""
-        return torch.log_softmax(self.head(self.norm(hidden, self._final_norm)).float(), dim=-1)
+        return torch.log_softmax(self.head(self.norm(hidden, self._final_norm)), dim=-1, dtype=torch.float32)
 
 
 class Eagle3Drafter(OneLayerDrafter):

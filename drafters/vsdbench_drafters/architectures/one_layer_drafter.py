@@ -89,17 +89,15 @@ class CachedLayer:
         """Return ``[n, Vd]`` float32 log-probabilities of what follows ``[n, H]`` outputs."""
         raise NotImplementedError
 
-    def forward(
-        self, hidden: Tensor, tokens: Tensor, positions: Tensor | slice, row: int, hide: Tensor | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, tokens: Tensor, positions: slice, row: int, hide: Tensor | None) -> Tensor:
         """Run n rows, writing their keys and values from cache row ``row`` on; return ``[n, H]`` un-normed outputs.
 
         Args:
             hidden: ``[n, H]``.
             tokens: ``[n]`` target ids.
-            positions: Their positions.
+            positions: Their positions: n of them, or one for all.
             row: First cache row to write.
-            hide: ``[n, row + n]`` bool, keys that a row must not see; None hides nothing.
+            hide: ``[n, m]`` bool, which of the last m keys, the n new ones included, a row must not see; None: of none.
         """
         config = self.config
         count, stop = len(tokens), row + len(tokens)
@@ -116,7 +114,7 @@ class CachedLayer:
         )
         scores = (queries @ self.keys[:, :stop].transpose(1, 2)).float().mul_(width**-0.5)
         if hide is not None:
-            scores.view(groups, -1, count, stop).masked_fill_(hide, -torch.inf)
+            scores.view(groups, -1, count, stop)[..., stop - hide.shape[1] :].masked_fill_(hide, -torch.inf)
         weights = torch.softmax(scores, dim=-1).to(self.dtype)
         attended = (
             (weights @ self.values[:, :stop]).view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
@@ -192,8 +190,8 @@ class OneLayerDrafter:
         self.layer.reserve(start + count)
         hide = None
         if count > 1:
-            own = torch.arange(start, start + count, device=tokens.device)
-            hide = torch.arange(start + count, device=tokens.device)[None] > own[:, None]
+            own = torch.arange(count, device=tokens.device)
+            hide = own[None] > own[:, None]
         hidden = self.layer.project(features)
         output = self.layer.forward(hidden, tokens, slice(start, start + count), start, hide)
         self._committed += count
@@ -226,10 +224,13 @@ class Growth:
         first, count = len(self._ancestors), len(parent_slots)
         for slot, parent in enumerate(parent_slots, start=first):
             self._ancestors.append((*(self._ancestors[parent] if parent >= 0 else ()), slot))
-        hidden = self._hidden[torch.tensor([parent + 1 for parent in parent_slots], device=tokens.device)]
+        if first == 0:  # all are children of the root
+            hidden = self._hidden.expand(count, -1)
+        else:
+            hidden = self._hidden[torch.tensor(parent_slots, device=tokens.device) + 1]
         position = self._committed - 1 + depth
-        positions = torch.full((count,), position, device=tokens.device)
-        output = self._layer.forward(hidden, tokens, positions, self._committed + first, self._hide(first, count))
+        row = self._committed + first
+        output = self._layer.forward(hidden, tokens, slice(position, position + 1), row, self._hide(first, count))
         self._hidden = torch.cat([self._hidden, output])
         return self._layer.log_probs(output)
 
@@ -238,7 +239,7 @@ class Growth:
         return ids + self._d2t[ids]
 
     def _hide(self, first: int, count: int) -> Tensor | None:
-        """Return ``[count, C + first + count]`` bool: earlier nodes that are no ancestors are hidden."""
+        """Return ``[count, first + count]`` bool: nodes that are no ancestors are hidden."""
         total = first + count
         lines = [[True] * total for _ in range(count)]
         for line, ancestors in zip(lines, self._ancestors[first:], strict=True):
@@ -246,6 +247,4 @@ class Growth:
                 line[slot] = False
         if not any(map(any, lines)):
             return None
-        hide = torch.zeros(count, self._committed + total, dtype=torch.bool, device=self._d2t.device)
-        hide[:, self._committed :] = torch.tensor(lines, device=self._d2t.device)
-        return hide
+        return torch.tensor(lines, device=self._d2t.device)

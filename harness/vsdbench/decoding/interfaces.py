@@ -74,7 +74,7 @@ class TargetOutput:
     """What one target forward over a tree gives.
 
     Attributes:
-        logits: ``[N + 1, V]`` float32.
+        logits: ``[N + 1, V]`` in the target's dtype; verification widens the rows that it visits, few of many.
         features: ``[N + 1, 4H]`` in the target's dtype: the hidden states that enter three layers, low to high, and the
             last one, normed, which the LM head multiplies. A drafter takes the part that it needs.
     """

@@ -197,7 +197,7 @@ class Target:
         logits = self.forward(ids, positions, causal, positions, cache, logits_to_keep=1)
         features = self._features()
         cache.length = count
-        return SequenceState(list(tokens), cache, features, logits[-1])
+        return SequenceState(list(tokens), cache, features, logits[-1].float())
 
     @torch.inference_mode()
     def forward_tree(self, state: SequenceState, tree: TokenTree) -> TargetOutput:
@@ -248,7 +248,7 @@ class Target:
         *,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Return ``[n, V]`` float32 logits of n tokens (of the last ``logits_to_keep`` ones if that is not 0).
+        """Return ``[n, V]`` logits of n tokens (of the last ``logits_to_keep`` ones if that is not 0).
 
         Keys and values are written behind ``cache.length``, which stays as it is: the caller commits.
 
@@ -268,7 +268,7 @@ class Target:
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
-        logits: Tensor = output.logits[0].float()
+        logits: Tensor = output.logits[0]
         return logits
 
     def _masks(self, positions: Tensor, visible: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
