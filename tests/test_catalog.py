@@ -46,7 +46,7 @@ def test_copy_into_a_folder_makes_the_parents_of_a_file(tmp_path):
 
 
 def test_a_suite_with_an_unknown_recipe_is_refused(tmp_path):
-    text = (ROOT / "suites/quickstart.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "suites/mtbench.yaml").read_text(encoding="utf-8")
     path = tmp_path / "mine.yaml"
     path.write_text(text.replace("recipe: eagle3-ce-quickstart", "recipe: eagle3-cee-quickstart"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"'eagle3-cee-quickstart'.*Did you mean 'eagle3-ce-quickstart'\?"):

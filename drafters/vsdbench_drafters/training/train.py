@@ -21,6 +21,7 @@ from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
 from vsdbench.processes import Processes
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
+from vsdbench_drafters.objectives.path_objective import PathObjective
 from vsdbench_drafters.training.compiled import compile_row_losses, wants_compiling
 from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
 from vsdbench_drafters.training.distributed import check_division, shard_target
@@ -49,6 +50,8 @@ _FORMAT = 1  # raised when the same recipe would train other weights
 _DATA_TOKENS_PER_S = 750.0
 _FEATURE_TOKENS_PER_S = 1800.0
 _LAYER_STEPS_PER_S = 4500.0
+_DECODED_TOKENS_PER_S = 80.0  # held-out prompts, during training
+_ASKING = 3.0  # how much longer a step takes that asks the target about drafted tokens
 _TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
 
 
@@ -177,8 +180,9 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
     """Return what a recipe would cost, without loading anything (entry point ``estimate``).
 
     Keys: ``cached`` (a drafter of this recipe for a target of this name is there, and the costs are 0), ``data_s``
-    (answers and features, which recipes with the same ``data_key`` share), ``training_s``, ``seconds`` (both), and
-    ``bytes`` of the cache. The rates are those of the embedded target on two idle CPU cores.
+    (answers and features, which recipes with the same ``data_key`` share), ``training_s``, ``warm_start`` (a recipe
+    that must be trained first, or None), ``seconds`` (all together, the warm start's included), and ``bytes`` of the
+    cache. The rates are those of the embedded target on two idle CPU cores.
     """
     key = content_hash(recipe.data.model_dump(mode="json", exclude={"slots"}))
     wanted = (_recipe_hash(recipe), target_name or recipe.target)
@@ -186,24 +190,30 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
         summary = describe(path)
         if (summary.get("recipe_hash"), summary.get("target")) == wanted:
             free: dict[str, Any] = {"cached": True, "data_s": 0.0, "training_s": 0.0, "seconds": 0.0, "bytes": 0}
-            return free | {"data_key": key}
+            return free | {"data_key": key, "warm_start": None}
     tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
     total = tokens * _TOTAL_PER_RESPONSE
     cached = recipe.training.features == "cached"
     data_s = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S)
-    training_s = tokens * epochs * recipe.objective.ttt_steps / _LAYER_STEPS_PER_S
+    asks = isinstance(make_objective(recipe.objective), PathObjective)
+    training_s = tokens * epochs * recipe.objective.ttt_steps / _LAYER_STEPS_PER_S * (_ASKING if asks else 1.0)
     if cached:
         data_s += total / _FEATURE_TOKENS_PER_S
     else:
         training_s += total * epochs / _FEATURE_TOKENS_PER_S
+    if recipe.evaluation is not None:
+        decoded = recipe.evaluation.prompts * recipe.evaluation.max_new_tokens * recipe.evaluation.times
+        training_s += decoded / _DECODED_TOKENS_PER_S
+    warm_s = 0.0
     if recipe.warm_start is not None:
-        training_s += estimate(load_recipe(recipe.warm_start), target_name=target_name)["seconds"]
+        warm_s = estimate(load_recipe(recipe.warm_start), target_name=target_name)["seconds"]
     return {
         "cached": False,
         "data_key": key,
         "data_s": data_s,
         "training_s": training_s,
-        "seconds": data_s + training_s,
+        "warm_start": recipe.warm_start,
+        "seconds": data_s + training_s + warm_s,
         "bytes": num_bytes(int(total), 576) if cached else 0,
     }
 

@@ -145,17 +145,26 @@ def _is_model(entry: DrafterEntry) -> bool:
 
 
 def _training(config: SuiteConfig) -> list[dict[str, Any]]:
-    """Return what the drafters that the suite trains would cost, data shared by several recipes counted once."""
+    """Return what the drafters that the suite trains would cost; data and warm starts that are shared count once."""
     found: list[dict[str, Any]] = []
     data_seen: set[str] = set()
-    for entry in config.drafters:
-        if entry.recipe is None or entry.checkpoint is not None:
-            continue
-        recipe = registry.load("vsdbench.trainers", "load")(entry.recipe, ())
+    seen: set[str] = set()
+
+    def add(name: str) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        recipe = registry.load("vsdbench.trainers", "load")(name, ())
         cost = registry.load("vsdbench.trainers", "estimate")(recipe)
+        if warm := cost.get("warm_start"):
+            add(warm)
         seconds = cost["training_s"] + (0.0 if cost["data_key"] in data_seen else cost["data_s"])
         data_seen.add(cost["data_key"])
-        found.append({"recipe": entry.recipe, "seconds": seconds, "cached": cost["cached"], "bytes": cost["bytes"]})
+        found.append({"recipe": name, "seconds": seconds, "cached": cost["cached"], "bytes": cost["bytes"]})
+
+    for entry in config.drafters:
+        if entry.recipe is not None and entry.checkpoint is None:
+            add(entry.recipe)
     return found
 
 
