@@ -77,9 +77,9 @@ def test_two_processes_train_what_one_does(tmp_path, pair, name):
     for rank in (0, 1):
         found = torch.load(pair.folder / f"{name}-{rank}.pt")
         for parameter, tensor in alone["weights"].items():
-            torch.testing.assert_close(found["weights"][parameter], tensor, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found["weights"][parameter], tensor, rtol=1e-4, atol=1e-5)
         assert found["progress"] == alone["progress"]
-        assert found["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+        assert found["loss"] == pytest.approx(alone["loss"], abs=1e-5)
         assert found["heldout"] == pytest.approx(alone["heldout"], abs=1e-5)
         assert found["best_step"] == alone["best_step"]
         assert found["target_forwards"] == alone["target_forwards"]
@@ -90,7 +90,7 @@ def test_the_log_is_written_once_and_counts_all_batches(tmp_path, pair):
     found = torch.load(pair.folder / "kl-0.pt")["log"]
     assert len(found) == len(alone) == 3
     for line, expected in zip(found, alone, strict=True):
-        assert line == pytest.approx(expected, abs=1e-6)
+        assert line == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_sharded_target_gives_what_the_whole_one_gives(tmp_path, pair):
@@ -113,7 +113,7 @@ def test_ctrl_c_in_one_process_stops_both_and_both_go_on(tmp_path, pair):
         assert found["steps"] == alone["steps"]
         assert found["steps"][0] == 4
         for parameter, tensor in alone["weights"].items():
-            torch.testing.assert_close(found["weights"][parameter], tensor, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found["weights"][parameter], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_verb_trains_with_two_processes_and_prints_once(tmp_path, pair, monkeypatch):
@@ -132,7 +132,7 @@ def test_the_verb_trains_with_two_processes_and_prints_once(tmp_path, pair, monk
     assert "Training toy" not in second.err
     found = load_file(Path(said["checkpoint"]) / "model.safetensors")
     for name, tensor in load_file(alone.path / "model.safetensors").items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_when_one_process_fails_both_end(pair):

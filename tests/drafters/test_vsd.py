@@ -397,7 +397,7 @@ def test_without_path_terms_it_is_its_anchor(setting):
 def test_expected_acceptance_is_what_decoding_measures(setting):
     """Mean τ of the oracle's paths against accepted tokens of real first steps, chain drawn from q, T = 1."""
     text = setting.batch.tokens[:14].tolist()
-    row, depth, count = 4, 3, 1500
+    row, depth, count = 4, 3, 700
     root = int(setting.batch.slots[row]) + 1
     objective = VSD(paths=6000, depth=depth)
     anchors = torch.tensor([row])
