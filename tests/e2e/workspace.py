@@ -137,7 +137,9 @@ class Workspace:
 
     def start(self, *words: str | Path) -> subprocess.Popen:
         """Give the command in a process of its own."""
-        program = "from vsdbench.cli import main; main()"
+        # A shell that starts a job in the background has its children ignore Ctrl-C; this one is meant to hear it.
+        hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        program = f"{hear}; from vsdbench.cli import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", program, *self.command(*words)],
             stdout=subprocess.PIPE,
