@@ -1,0 +1,108 @@
+"""What all verbs share: the program itself, its options, and how errors reach the user."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+
+from vsdbench.errors import VsdbenchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="vsdbench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Does training the drafter for this objective make decoding faster, by how much, and how sure are we?",
+    epilog="Start with: vsdbench doctor, then vsdbench run suites/quickstart.yaml",
+)
+
+P = ParamSpec("P")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (measured), bf16, fp16, fp32 or fp64.")]
+TargetName = Annotated[str | None, typer.Option(help="Another target: hub id, folder, or an embedded model's name.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory, and stop.")]
+Seed = Annotated[int | None, typer.Option(help="Another seed than the file's.")]
+Results = Annotated[Path | None, typer.Option(help="Folder of runs (default: results/ or $VSDBENCH_RESULTS).")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings. Off by default.")
+]
+
+
+def verb(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn the errors a user may meet into one sentence on stderr and the right exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except VsdbenchError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("Interrupted; what was finished is kept, and the same command goes on from there.", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail("The disk is full: free some space (see `vsdbench doctor` for the cache) and run again.", 3)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            _fail(f"Out of memory: use a smaller target, tree or --dtype bf16 ({str(error).splitlines()[0]}).", 3)
+
+    return guarded
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def notes(*, quiet: bool = False) -> Console:
+    """Return the console of notes and progress: stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def print_json(data: object) -> None:
+    """Write one JSON value to stdout."""
+    typer.echo(json.dumps(data, ensure_ascii=False, allow_nan=False))
+
+
+def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return names and ``key=value`` overrides.
+
+    >>> split_items(["mtbench", "repeats=3"])
+    (['mtbench'], ['repeats=3'])
+    """
+    overrides = [item for item in items if "=" in item and not Path(item).exists()]
+    return [item for item in items if item not in overrides], overrides
+
+
+def required(names: Sequence[str], what: str, example: str) -> Sequence[str]:
+    """Return ``names`` if there are any.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if not names:
+        from vsdbench.errors import ConfigError
+
+        raise ConfigError(f"No {what} was named, for example: {example}")
+    return names

@@ -1,0 +1,125 @@
+"""The verbs that look and copy: list, show, cp, validate, schema, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vsdbench.cli.common import Device, Json, Quiet, Results, app, notes, print_json, verb
+
+
+@app.command("list")
+@verb
+def list_(
+    kind: Annotated[str, typer.Argument(help="suites, recipes, objectives, drafters, models or runs.")],
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """List what there is."""
+    from vsdbench.catalog import entries
+
+    found = entries(kind, results)
+    if as_json:
+        print_json({"schema": 1, kind: found})
+        return
+    width = max((len(entry["name"]) for entry in found), default=0)
+    for entry in found:
+        typer.echo(f"{entry['name']:<{width}}  {entry['description']}".rstrip())
+
+
+@app.command()
+@verb
+def show(
+    name: Annotated[str, typer.Argument(help="A suite, recipe, objective, drafter or run.")],
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Show one thing: a file as it is, a plug-in's description, a run's table."""
+    from vsdbench import catalog
+    from vsdbench.errors import ConfigError
+    from vsdbench.paths import results_dir
+
+    try:
+        kind, path, text = catalog.find(name)
+    except ConfigError:
+        from vsdbench.store.store import find_run, list_runs
+
+        if not any(run.name.startswith(name) for run in list_runs(results_dir(results))) and name != "latest":
+            raise
+        _show_run(find_run(results_dir(results), name), as_json=as_json)
+        return
+    if as_json:
+        print_json({"schema": 1, "kind": kind, "path": str(path) if path else None, "text": text})
+    else:
+        typer.echo(f"# {kind}: {path or name}\n{text.rstrip()}")
+
+
+def _show_run(run: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from vsdbench.bench.summary import summarise
+    from vsdbench.report.tables import print_summary
+    from vsdbench.store.store import load_manifest, load_records
+
+    summary = summarise(load_records(run), manifest=load_manifest(run))
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary, Console())
+
+
+@app.command()
+@verb
+def cp(
+    name: Annotated[str, typer.Argument(help="A suite or recipe.")],
+    destination: Annotated[Path, typer.Argument(help="File or folder to copy it to.")] = Path(),
+) -> None:
+    """Copy a suite or recipe out of the package, to be edited."""
+    from vsdbench.catalog import copy
+
+    typer.echo(str(copy(name, destination)))
+
+
+@app.command()
+@verb
+def validate(files: Annotated[list[Path], typer.Argument(help="Suite or recipe files.")]) -> None:
+    """Check suite and recipe files; the first mistake is named, with what would be right."""
+    from vsdbench.catalog import validate as check
+
+    for file in files:
+        typer.echo(f"{file}: valid {check(file)}")
+
+
+@app.command()
+@verb
+def schema(
+    kind: Annotated[str, typer.Argument(help="suite or recipe.")] = "suite",
+) -> None:
+    """Print the JSON schema of a file, for editors that complete and check YAML."""
+    from vsdbench import registry
+    from vsdbench.errors import ConfigError, did_you_mean
+    from vsdbench.suites.schema import json_schema
+
+    if kind not in {"suite", "recipe"}:
+        raise ConfigError(f"There is no schema of '{kind}'.{did_you_mean(kind, ['suite', 'recipe'])}")
+    model = json_schema() if kind == "suite" else registry.load("vsdbench.trainers", "recipe").model_json_schema()
+    typer.echo(json.dumps(model, indent=2))
+
+
+@app.command()
+@verb
+def doctor(device: Device = "auto", as_json: Json = False, quiet: Quiet = False) -> None:
+    """Look at this machine: device, dtype, bandwidth, caches, what is missing and the command that fixes it."""
+    from rich.console import Console
+
+    from vsdbench.doctor import examine, print_examination
+
+    with notes(quiet=quiet or as_json).status("measuring"):
+        report = examine(device)
+    if as_json:
+        print_json(report)
+    else:
+        print_examination(report, Console(highlight=False))

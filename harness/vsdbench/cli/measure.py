@@ -1,0 +1,189 @@
+"""The verbs that make and measure drafters: run and train."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vsdbench.cli.common import (
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Quiet,
+    Results,
+    Seed,
+    TargetName,
+    TrustRemoteCode,
+    app,
+    notes,
+    print_json,
+    required,
+    split_items,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vsdbench.bench.run import RunOptions
+    from vsdbench.processes import Processes
+
+
+@app.command()
+@verb
+def run(  # noqa: PLR0917 - a command's options
+    items: Annotated[list[str], typer.Argument(metavar="SUITE... [KEY=VALUE...]", help="Suites, and changes to them.")],
+    target: TargetName = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts to take, stratified by category.")] = None,
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run like this one.")] = False,
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="Continue this run: id, beginning of it, or latest.")
+    ] = None,
+    results: Results = None,
+    categories: Annotated[bool, typer.Option("--categories", help="Table rows for every category too.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decode a suite with every drafter and baseline, measure, print the table, keep the records.
+
+    What is missing is made first: the target is fetched, drafters are trained. Example:
+    [bold]vsdbench run suites/quickstart.yaml --limit 4 repeats=3[/bold]
+    """
+    from vsdbench.bench.run import RunOptions
+    from vsdbench.errors import ConfigError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("vsdbench run measures with one process; start it without torchrun, which is for train.")
+    names, overrides = split_items(items)
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    options = RunOptions(
+        overrides=overrides,
+        target=target,
+        device=device,
+        dtype=dtype,
+        limit=limit,
+        resume=resume,
+        run=run_id,
+        results=results,
+        trust_remote_code=trust_remote_code,
+    )
+    console = notes(quiet=quiet)
+    violations = 0
+    for name in required(names, "suite", "vsdbench run suites/quickstart.yaml"):
+        if dry_run:
+            _print_estimate(name, options, console, as_json=as_json)
+        else:
+            violations += _run_one(name, options, console, as_json=as_json, categories=categories)
+    if violations:
+        from vsdbench.errors import GateError
+
+        raise GateError(
+            f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
+            "not lossless; see the divergences in records.jsonl, and repeat with --dtype fp32."
+        )
+
+
+def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, categories: bool) -> int:
+    """Run a suite, print what it gave, and return the number of answers that were not lossless."""
+    from rich.console import Console
+
+    from vsdbench.bench.run import run_suite
+    from vsdbench.report.figures import write_figures
+    from vsdbench.report.tables import print_summary
+
+    folder, summary = run_suite(name, options, console)
+    figures = write_figures(summary, folder / "figures")
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary, Console(), categories=categories)
+    console.print(f"records and {len(figures)} figures: {folder}", soft_wrap=True, markup=False)
+    return sum(row["lossless"]["violations"] for row in summary["results"] if row["category"] is None)
+
+
+def _print_estimate(name: str, options: RunOptions, console: Console, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from vsdbench.bench.estimate import estimate, print_estimate
+
+    result = estimate(name, options, console)
+    if as_json:
+        print_json(result)
+    else:
+        print_estimate(result, Console())
+
+
+@app.command()
+@verb
+def train(  # noqa: PLR0917 - a command's options
+    items: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="Recipes, and changes to them.")
+    ],
+    target: TargetName = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train drafters from recipes; a training that was stopped goes on, one that is finished is found in the cache.
+
+    A recipe with several arms trains all of them, with every seed; [bold]NAME:ARM@SEED[/bold] is one alone.
+    """
+    from vsdbench import registry
+    from vsdbench.processes import joined
+
+    names, overrides = split_items(items)
+    overrides += [f"training.seed={seed}"] if seed is not None else []
+    overrides += [f"target={target}"] if target is not None else []
+    load_recipe = registry.load("vsdbench.trainers", "load")
+    members = registry.load("vsdbench.trainers", "members")
+    wanted = [
+        member for name in required(names, "recipe", "vsdbench train eagle3-kl-quickstart") for member in members(name)
+    ]
+    recipes = {name: load_recipe(name, overrides) for name in wanted}  # every mistake is found before hours are spent
+    with joined(device) as processes:
+        console = notes(quiet=quiet or not processes.is_first)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        estimate = registry.load("vsdbench.trainers", "estimate")
+        results = [
+            {"recipe": name} | (estimate(recipe) if dry_run else _train_one(recipe, options, processes, console))
+            for name, recipe in recipes.items()
+        ]
+    if not processes.is_first:
+        return
+    if as_json:
+        print_json({"schema": 1, "drafters": results})
+    else:
+        for result in results:
+            shown = {k: f"{v:.3f}" if k == "heldout_tau" else f"{v:.0f}" if isinstance(v, float) else v
+                     for k, v in result.items() if v is not None}  # fmt: skip
+            typer.echo("  ".join(f"{key}: {value}" for key, value in shown.items()))
+
+
+def _train_one(recipe: Any, options: dict[str, Any], processes: Processes, console: Console) -> dict[str, Any]:  # noqa: ANN401
+    """Load a recipe's target, train its drafter, and return what is said of it."""
+    from vsdbench import registry
+    from vsdbench.bench.run import RunOptions, load_target
+    from vsdbench.processes import common_dtype
+
+    options = options | {"device": processes.device, "dtype": common_dtype(options["dtype"], processes)}
+    shard = processes.count > 1 and recipe.training.shard_target
+    processes.lend(None)  # the target of the recipe before this one, if that was sharded
+    with processes.first_goes():
+        model = load_target(recipe.target, RunOptions(**options, load_on_cpu=shard), console)
+    trained = registry.load("vsdbench.trainers", "default")(recipe, target=model, console=console, processes=processes)
+    budget = {"tokens": trained.tokens, "target_forwards": trained.target_forwards, "seconds": trained.seconds}
+    details = {"heldout_tau": trained.heldout.get("tau"), "cached": trained.cached}
+    return {"checkpoint": str(trained.path)} | budget | details
