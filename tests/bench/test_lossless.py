@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from vsdbench.bench.lossless import FLOAT32_ULPS, compare, is_comparable, logit_tolerance
+from vsdbench.bench.lossless import FLOAT32_ULPS, compare, is_comparable, logit_tolerance, noisy_logits
 from vsdbench.decoding.engine import DecodeSettings
-from vsdbench.decoding.sampling import SamplingParams, inverse_cdf, keyed_uniform, target_probs
+from vsdbench.decoding.sampling import SamplingParams, coupled_token, keyed_waits, target_probs
 
 PROMPT = [7, 8, 9]
 GREEDY = DecodeSettings(max_new_tokens=8)
@@ -73,29 +74,49 @@ def test_a_missed_end_is_a_violation_without_a_gap(reference, output):
     assert target.prefixes == []
 
 
-def test_a_keyed_draw_is_measured_by_its_distance_from_the_interval():
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=1.3, top_p=0.7),
+        SamplingParams(temperature=1, top_k=5),
+    ],
+)
+def test_a_keyed_draw_is_the_argmax_of_the_noisy_logits(params):
+    logits = 3 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    for position in range(100):
+        drawn = coupled_token(target_probs(logits, params), 9, position)
+        assert int(noisy_logits(logits, params, 9, position).argmax()) == drawn
+
+
+def test_a_keyed_draw_is_measured_by_the_distance_of_noisy_logits():
     settings = coupled(seed=5)
-    target = Replay([0.0] * 10)
-    uniform = keyed_uniform(5, len(PROMPT) + 1)
-    drawn = int(uniform * 10)
-    for token in range(10):
-        if token == drawn:
-            continue
-        verdict, divergence = compare(target, PROMPT, [3, drawn], [3, token], settings)
-        expected = token / 10 - uniform if token > drawn else uniform - (token + 1) / 10
-        assert divergence.gap == pytest.approx(expected, abs=1e-6)
+    noise = -np.log(keyed_waits(5, len(PROMPT) + 1, 10))
+    drawn = int(noise.argmax())
+    for token in set(range(10)) - {drawn}:
+        verdict, divergence = compare(Replay([0.0] * 10), PROMPT, [3, drawn], [3, token], settings)
+        assert divergence.gap == pytest.approx(noise[drawn] - noise[token])
         assert verdict == "violation"
 
 
-def test_a_draw_beside_the_edge_of_an_interval_is_a_near_tie():
+def test_a_draw_between_two_that_are_as_good_as_tied_is_a_near_tie():
     settings = coupled(seed=3)
-    uniform = keyed_uniform(3, len(PROMPT))
-    edge = uniform + 2e-5  # token 0 is drawn, but token 1 begins just behind
-    logits = torch.tensor([edge, 1 - edge], dtype=torch.float64).log()
-    assert inverse_cdf(target_probs(logits, settings.sampling), uniform) == 0
-    verdict, divergence = compare(Replay(logits.tolist()), PROMPT, [0], [1], settings)
+    first, second = np.log(keyed_waits(3, len(PROMPT), 2))
+    logits = [first + 1e-5, second]  # the noise makes up for the rest
+    assert coupled_token(target_probs(torch.tensor(logits), settings.sampling), 3, len(PROMPT)) == 0
+    verdict, divergence = compare(Replay(logits), PROMPT, [0], [1], settings)
     assert verdict == "near_tie"
-    assert divergence.gap == pytest.approx(2e-5, rel=0.02)
+    assert divergence.gap == pytest.approx(1e-5, rel=0.05)
+
+
+def test_a_token_that_truncation_leaves_out_is_as_far_as_it_is_from_being_let_in():
+    params = SamplingParams(temperature=1.0, top_k=2)
+    logits = torch.tensor([5.0, 4.0, 4.0 - 1e-5, -20.0])
+    for seed in range(20):
+        noisy = noisy_logits(logits, params, seed, 0)
+        assert float(noisy.max() - noisy[3]) >= 24.0
+        assert float(noisy.max() - noisy[2]) >= 1e-5 * 0.9
+        assert int(noisy.argmax()) in {0, 1}
 
 
 @pytest.mark.parametrize("rule", ["rejection", "traversal"])

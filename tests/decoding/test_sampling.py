@@ -19,7 +19,7 @@ from vsdbench.decoding.sampling import (
     coupled_token,
     draw,
     inverse_cdf,
-    keyed_uniform,
+    keyed_waits,
     target_probs,
 )
 
@@ -94,32 +94,22 @@ def test_probs_are_never_narrower_than_float32(dtype):
     assert torch.equal(probs, target_probs(logits.float(), SamplingParams(temperature=0.7, top_p=0.95)))
 
 
-def test_keyed_uniform_is_splitmix64():
-    def mix(z):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    positions = np.arange(100, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for seed in [0, 1, 2**63 + 5]:
-            expected = mix(mix(np.array([seed], dtype=np.uint64) + golden) + (positions + np.uint64(1)) * golden)
-            got = [keyed_uniform(seed, int(position)) for position in positions]
-            assert got == [int(value >> np.uint64(11)) / 2**53 for value in expected]
-        # The finaliser's published stream for seed 0 starts with this value.
-        assert int(mix(np.array([golden]))[0]) == 0xE220A8397B1DCDAF
-
-
-def test_keyed_uniform_is_uniform_along_and_across_seeds():
-    table = np.array([[keyed_uniform(seed, position) for position in range(100)] for seed in range(100)])
-    assert table.min() >= 0
-    assert table.max() < 1
+def test_keyed_waits_are_exponential_along_and_across_seeds():
+    table = np.array([[keyed_waits(seed, position, 1)[0] for position in range(100)] for seed in range(100)])
+    assert table.min() > 0
     assert np.unique(table).size == table.size
-    assert stats.kstest(table.ravel(), "uniform").pvalue > 1e-3
-    for pairs in (table[:, 1:] - table[:, :-1], table[1:] - table[:-1], table[1:, :-1] - table[:-1, 1:]):
+    assert stats.kstest(table.ravel(), "expon").pvalue > 1e-3
+    uniform = -np.expm1(-table)
+    for pairs in (uniform[:, 1:] - uniform[:, :-1], uniform[1:] - uniform[:-1], uniform[1:, :-1] - uniform[:-1, 1:]):
         counts = np.histogram(pairs % 1.0, bins=20, range=(0, 1))[0]  # a difference of independent uniforms, mod 1
         assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_keyed_waits_depend_on_the_key_alone():
+    assert keyed_waits(7, 3, 5).tolist() == keyed_waits(7, 3, 9)[:5].tolist()
+    assert keyed_waits(2**64 + 7, 3, 5).tolist() == keyed_waits(7, 3, 5).tolist()
+    assert keyed_waits(-1, 3, 5).tolist() == keyed_waits(2**64 - 1, 3, 5).tolist()
+    assert np.corrcoef([keyed_waits(0, position, 4000) for position in range(5)])[0, 1:].max() < 0.06
 
 
 def test_coupled_draws_neither_read_nor_change_global_generators():
@@ -136,6 +126,29 @@ def test_coupled_token_follows_the_distribution_over_positions():
     counts = np.bincount([coupled_token(probs, 11, position) for position in range(4000)], minlength=5)
     assert counts[1] == 0
     assert stats.chisquare(counts[[0, 2, 3, 4]], 4000 * probs[[0, 2, 3, 4]].numpy()).pvalue > 1e-3
+
+
+def test_a_coupled_draw_is_the_gumbel_max_draw():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for position in range(50):
+        gumbel = -torch.from_numpy(keyed_waits(3, position, 1000)).log()
+        assert coupled_token(logits.softmax(0), 3, position) == int((logits + gumbel).argmax())
+
+
+def test_a_coupled_draw_does_not_move_with_the_rounding_of_other_probabilities():
+    """Drawing by the running sum fails this: traces of rounding before a rare token shift its interval."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.cat([torch.full((2,), 0.4), torch.full((50_000,), 0.2 / 50_000)]).double()
+    nudged = probs * (1 + 1e-7 * torch.randn(len(probs), generator=generator, dtype=torch.float64))
+    assert [coupled_token(probs, 1, i) for i in range(300)] == [coupled_token(nudged, 1, i) for i in range(300)]
+    uniforms = np.linspace(0.801, 0.999, 300)
+    assert [inverse_cdf(probs, u) for u in uniforms] != [inverse_cdf(nudged, u) for u in uniforms]
+
+
+@pytest.mark.parametrize("probs", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+def test_a_coupled_draw_refuses_what_is_no_distribution(probs):
+    with pytest.raises(ValueError, match="no token can be drawn"):
+        coupled_token(torch.tensor(probs), 0, 0)
 
 
 def test_inverse_cdf_at_the_edges():

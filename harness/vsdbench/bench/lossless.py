@@ -2,8 +2,8 @@
 
 A forward over several tokens adds the same numbers in another order than a forward over one, so two correct decoders
 may part where two choices are as good as equal. Each first divergence is replayed by a prefill of the common prefix.
-Greedy: the gap is the reference token's logit minus the emitted one's. Keyed sampling: the gap is the distance, in
-probability, of the drawn number from the emitted token's interval of the inverse distribution function.
+Greedy: the gap is the reference token's logit minus the emitted one's. A keyed draw is an argmax too, of logits with a
+noise that the seed fixes, so its gap is the same in noisy logits, brought to temperature 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vsdbench.decoding.sampling import keyed_uniform, target_probs
+from vsdbench.decoding.sampling import SamplingParams, keyed_waits, target_probs
 from vsdbench.store.records import Divergence
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ LOGIT_ULPS = 4
 """Rounding steps of the dtype, at the size of the logit, within which two logits count as tied (16 in bf16: 0.5)."""
 FLOAT32_ULPS = 256
 """The same in float32 and wider, where one rounding step is tiny beside what thirty layers accumulate."""
-PROBABILITY_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4, torch.float64: 1e-9}
-"""Distance in probability within which a keyed draw counts as a near-tie."""
 
 
 def is_comparable(settings: DecodeSettings) -> bool:
@@ -64,13 +62,11 @@ def compare(
         return "violation", divergence
     prefix = [*prompt, *reference[:index]]
     logits = target.prefill(prefix, len(prefix)).next_logits
-    if settings.sampling.temperature == 0:
-        gap = float(logits[expected] - logits[token])
-        tolerance = logit_tolerance(float(logits.abs().max()), target.dtype)
-    else:
-        probs = target_probs(logits, settings.sampling).double().cpu()
-        gap = _distance(probs, token, keyed_uniform(settings.seed, len(prefix)))
-        tolerance = PROBABILITY_TOLERANCE[target.dtype]
+    size = float(logits.abs().max())
+    if settings.sampling.temperature > 0:
+        logits = noisy_logits(logits, settings.sampling, settings.seed, len(prefix))
+    gap = float(logits[expected] - logits[token])
+    tolerance = logit_tolerance(size, target.dtype)
     kind: Literal["near_tie", "violation"] = "near_tie" if abs(gap) <= tolerance else "violation"
     return kind, Divergence(index=index, gap=gap, kind=kind, reference_token=expected, token=token)
 
@@ -85,9 +81,21 @@ def logit_tolerance(size: float, dtype: torch.dtype) -> float:
     return ulps * torch.finfo(dtype).eps * max(1.0, size)
 
 
-def _distance(probs: torch.Tensor, token: int, uniform: float) -> float:
-    """Return how far ``uniform`` lies outside the token's interval of the inverse distribution function."""
-    upper = float(probs[: token + 1].sum())
-    lower = upper - float(probs[token])
-    scaled = uniform * float(probs.sum())
-    return max(lower - scaled, scaled - upper, 0.0)
+def noisy_logits(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> torch.Tensor:
+    """Return ``[V]`` float64 logits whose argmax is the keyed draw of this position.
+
+    A token that top-k or top-p leaves out lies as far below the largest as it is from being let in, at least.
+
+    Args:
+        logits: ``[V]``.
+        params: Temperature above 0 and truncation.
+        seed: Of the draw.
+        position: Of the token in the whole sequence.
+    """
+    plain = logits.double().cpu()
+    noise = -params.temperature * torch.from_numpy(keyed_waits(seed, position, len(plain))).log()
+    kept = target_probs(logits, params).cpu() > 0
+    noisy = plain + noise
+    best = noisy[kept].max()
+    outside = best - (plain[kept].min() - plain)
+    return torch.where(kept, noisy, torch.minimum(noisy, outside))

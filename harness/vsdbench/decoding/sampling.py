@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,21 +72,23 @@ def target_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def keyed_uniform(seed: int, position: int) -> float:
-    """Return a uniform number in [0, 1) that depends on ``seed`` and ``position`` alone.
+def keyed_waits(seed: int, position: int, size: int) -> NDArray[np.float64]:
+    """Return ``[size]`` exponential waiting times (mean 1, above 0) that depend on ``seed`` and ``position`` alone.
 
-    A counter-based generator (two rounds of the SplitMix64 finaliser, 53 bits kept): the number for a position is the
-    same whatever was drawn before it, and no global state is read or changed.
+    They come from a counter-based generator (Philox) that has the two as its key: the times of a position are the same
+    whatever was drawn before, and no global state is read or changed.
 
     Args:
         seed: Any integer; only its low 64 bits count.
         position: Index of the token in the whole sequence.
+        size: How many.
 
-    >>> keyed_uniform(0, 1) == keyed_uniform(0, 1), keyed_uniform(0, 1) == keyed_uniform(1, 0)
-    (True, False)
+    >>> keyed_waits(0, 1, 3).tolist() == keyed_waits(0, 1, 3).tolist() != keyed_waits(1, 0, 3).tolist()
+    True
     """
-    stream = _mix64((seed + _GOLDEN) & _MASK64)
-    return (_mix64((stream + (position + 1) * _GOLDEN) & _MASK64) >> 11) * 2.0**-53
+    key = np.array([seed & _MASK64, position], dtype=np.uint64)
+    waits = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size)
+    return np.maximum(waits, np.finfo(np.float64).tiny, out=waits)
 
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:
@@ -113,18 +116,28 @@ def inverse_cdf(probs: Tensor, uniform: float) -> int:
 
 
 def coupled_token(probs: Tensor, seed: int, position: int) -> int:
-    """Return the token that ``seed`` selects from ``probs`` (``[V]``) at ``position`` of the sequence."""
-    return inverse_cdf(probs, keyed_uniform(seed, position))
+    """Return the token that ``seed`` selects at ``position`` of the sequence: the first to arrive of a race.
+
+    Token v arrives after ``keyed_waits[v] / probs[v]``, so it is first with probability ``probs[v]`` (the Gumbel-max
+    draw, exponentiated). The choice depends on ratios of probabilities, as the argmax does: rounding moves it only
+    where two tokens are as good as tied, never through what it does to the sum over all others.
+
+    Args:
+        probs: ``[V]`` non-negative, not necessarily normalised, on any device.
+        seed: See ``keyed_waits``.
+        position: See ``keyed_waits``.
+
+    Raises:
+        ValueError: If the probabilities are not numbers, or are all 0.
+    """
+    speeds = probs.to("cpu", torch.float64).numpy() / keyed_waits(seed, position, len(probs))
+    token = int(speeds.argmax())
+    if not (math.isfinite(speeds[token]) and speeds[token] > 0):
+        raise ValueError(f"the largest probability is {float(probs.max())}; no token can be drawn from them.")
+    return token
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:
     """Return a token drawn from ``probs`` (``[V]``, need not be normalised); one number is taken from ``generator``."""
     uniform = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return inverse_cdf(probs, float(uniform))
-
-
-def _mix64(value: int) -> int:
-    """Return the SplitMix64 finaliser of a 64-bit integer (Steele, Lea and Flood, 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
