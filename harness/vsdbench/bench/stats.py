@@ -153,16 +153,24 @@ def tau_ratio(
     return Estimate(value=value, ci=ci, num_units=len(both))
 
 
-def same_method_control(records: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate | None:
+def same_method_control(records: pd.DataFrame, *, confidence: float = CONFIDENCE) -> Estimate | None:
     """Return the "speedup" of a method's first repeat over its second (A/A): its interval should hold 1.
 
-    None where there are fewer than two repeats.
+    The interval is Student's t over the prompts' log-ratios: times of equal work differ symmetrically, and a control
+    of few prompts must not raise more false alarms than it says, as resampling would.
+
+    Args:
+        records: Rows of one method and mode.
+        confidence: Two-sided level.
+
+    Returns:
+        None where there are fewer than two repeats; no interval with a single prompt.
     """
     repeats = sorted(records["repeat"].unique())
     if len(repeats) < 2:
         return None
     first, second = (records[records["repeat"] == repeat] for repeat in repeats[:2])
-    return speedup(first, second, seed=seed, num_resamples=num_resamples)
+    return _t_estimate(log_ratios(first, second).to_numpy(np.float64), confidence).map(math.exp)
 
 
 def category_interval(
@@ -175,12 +183,7 @@ def category_interval(
         categories: Category of each prompt, with the same index.
         confidence: Two-sided level.
     """
-    means = values.groupby(categories.reindex(values.index)).mean().to_numpy(np.float64)
-    if len(means) < 2:
-        return Estimate(value=float(means[0]) if len(means) else None, ci=None, num_units=len(means))
-    half = stats.t.ppf((1 + confidence) / 2, len(means) - 1) * np.std(means, ddof=1) / math.sqrt(len(means))
-    value = float(np.mean(means))
-    return Estimate(value=value, ci=(value - float(half), value + float(half)), num_units=len(means))
+    return _t_estimate(values.groupby(categories.reindex(values.index)).mean().to_numpy(np.float64), confidence)
 
 
 def two_level_bootstrap(
@@ -234,6 +237,15 @@ def minimum_detectable_effect(
         return None
     quantiles = stats.t.ppf(1 - alpha / 2, n - 1) + stats.t.ppf(power, n - 1)
     return float(quantiles * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def _t_estimate(values: NDArray[np.floating[Any]], confidence: float) -> Estimate:
+    """Return the mean of ``values [n]`` with its Student t interval."""
+    if len(values) < 2:
+        return Estimate(value=float(values[0]) if len(values) else None, ci=None, num_units=len(values))
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    value = float(np.mean(values))
+    return Estimate(value=value, ci=(value - float(half), value + float(half)), num_units=len(values))
 
 
 def _ratio_of_sums(numerator: Floats, denominator: Floats, axis: int = -1) -> Floats:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from vsdbench.bench import metrics, stats
+from vsdbench.bench import checks, metrics, stats
 from vsdbench.errors import ConfigError
 from vsdbench.store.frames import to_frames
 from vsdbench.store.records import Record
@@ -32,6 +32,7 @@ def summarise(
     speedup is paired by prompt against the faster baseline of the same mode and temperature (by tokens/s over all
     prompts), which ``speedup_baseline`` names; ``speedups`` has it against each. ``controls`` are A/A comparisons of
     each baseline's first two repeats: an interval without 1 means that the clock cannot be trusted.
+    ``minimum_detectable_effect`` has, for every mode, the smallest differences that the run could have shown.
 
     Args:
         records: Of one run, not empty.
@@ -59,7 +60,8 @@ def summarise(
         "num_repeats": int(frame["repeat"].nunique()),
         "confidence": stats.CONFIDENCE,
         "baselines": [],
-        "controls": [],
+        "controls": checks.controls(frame),
+        "minimum_detectable_effect": [],
         "results": [],
     }
     bootstrap = {"seed": seed, "num_resamples": num_resamples}
@@ -92,15 +94,13 @@ def flatten_result(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, bootstrap: dict[str, int]) -> None:
-    """Append the baselines, controls and results of one mode and temperature."""
+    """Append the baselines, the detectable effect and the results of one mode and temperature."""
     context = {"mode": _only(records, "mode"), "temperature": float(records["temperature"].iloc[0])}
     baselines = dict(list(records[records["kind"] == "baseline"].groupby("method", sort=False)))
     throughput = {name: metrics.tokens_per_s(rows) for name, rows in baselines.items()}
-    for name, rows in baselines.items():
-        summary["baselines"].append({"name": name, **context, "tokens_per_s": throughput[name]})
-        control = stats.same_method_control(rows, **bootstrap)
-        if control is not None:
-            summary["controls"].append({"name": name, **context, **_json(control)})
+    for name, value in throughput.items():
+        summary["baselines"].append({"name": name, **context, "tokens_per_s": value})
+    summary["minimum_detectable_effect"].append(context | checks.detectable(records, steps))
     timed = {name: value for name, value in throughput.items() if value is not None}
     fastest = max(timed, key=lambda name: timed[name]) if timed else None
     for method in records.loc[records["kind"] == "drafter", "method"].unique():
