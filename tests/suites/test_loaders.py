@@ -150,6 +150,19 @@ def test_the_limit_keeps_every_category(make_suite: MakeSuite) -> None:
         load_suite(make_suite(), limit=0)
 
 
+def test_what_limits_leave_out_is_spare(make_suite: MakeSuite) -> None:
+    whole = load_suite(make_suite())
+    assert whole.spare == ()
+    suite = load_suite(make_suite(), limit=2)
+    assert {*suite.prompts, *suite.spare} == {*whole.prompts}
+    assert not {*suite.prompts} & {*suite.spare}
+    source = {"name": "local", "loader": "jsonl", "path": "rows.jsonl", "licence": "MIT", "limit": 2}
+    narrow = load_suite(make_suite(source | {"fields": {"prompt": "text", "constant_category": "chat"}}))
+    assert len(narrow.prompts) == 2
+    assert narrow.spare
+    assert not {prompt.hash for prompt in narrow.prompts} & {prompt.hash for prompt in narrow.spare}
+
+
 def test_overrides_change_the_suite_and_typos_are_refused(make_suite: MakeSuite) -> None:
     suite = load_suite(make_suite(), ["generation.max_new_tokens=3", "drafters.ngram.tree.budget=9"])
     assert (suite.config.generation.max_new_tokens, suite.config.drafters[0].tree.budget) == (3, 9)

@@ -147,6 +147,12 @@ class EvaluationConfig(Config):
     temperature: float = Field(default=0.0, ge=0)
     select: Literal["best", "last"] = "best"
 
+    @model_validator(mode="after")
+    def _one_tree_for_all(self) -> Self:
+        if self.tree.kind == "auto":
+            raise ValueError("tree.kind is 'auto', but checkpoints can only be compared with one and the same tree")
+        return self
+
 
 class RecipeConfig(Config):
     """One drafter: target, architecture, objective, data, training.

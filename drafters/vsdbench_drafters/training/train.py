@@ -15,7 +15,6 @@ from rich.console import Console
 
 from vsdbench.config import content_hash
 from vsdbench.decoding.engine import DecodeSettings
-from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
@@ -310,7 +309,7 @@ def _evaluator(
         )
     settings = DecodeSettings(
         max_new_tokens=wanted.max_new_tokens,
-        shape=TreeShape(**wanted.tree.model_dump()),
+        shape=wanted.tree.shape(),
         rule="coupled" if wanted.temperature else "greedy",
         sampling=SamplingParams(temperature=wanted.temperature),
     )

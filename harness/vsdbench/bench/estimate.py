@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vsdbench.models.target import Target
+    from vsdbench.suites.loaders import Suite
     from vsdbench.suites.schema import DrafterEntry, SuiteConfig
 
 ANSWER_FILL = 0.95
@@ -43,7 +44,7 @@ SECONDS_OUTSIDE = 8.0
 """Imports, loading, warm-up and summary."""
 
 
-def estimate(name: str, options: RunOptions, console: Console) -> dict[str, Any]:
+def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[str, Any]:
     """Return what running a suite would take, as plain JSON data.
 
     Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds,
@@ -65,8 +66,9 @@ def estimate(name: str, options: RunOptions, console: Console) -> dict[str, Any]
         {"name": baseline, "seconds": decodes * prefill_s + tokens * step_s} for baseline in config.baselines
     ]
     for entry in config.drafters:
-        tree_s = _tree_forward_s(target, entry.tree.budget)
-        draft_s = DRAFT_SHARE * step_s * entry.tree.depth if _is_model(entry) else 0.0
+        budget, depth = (7, 3) if entry.tree.kind == "auto" else (entry.tree.budget, entry.tree.depth)
+        tree_s = _tree_forward_s(target, budget)
+        draft_s = DRAFT_SHARE * step_s * depth if _is_model(entry) else 0.0
         tau = TAU_TRAINED if _is_model(entry) else TAU_UNTRAINED
         seconds = decodes * prefill_s + tokens / tau * (tree_s + draft_s)
         methods.append({"name": entry.name, "seconds": seconds})

@@ -6,15 +6,17 @@ first; nothing in the harness knows a drafter by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vsdbench import registry
+from vsdbench.bench.auto_tree import choose_trees
 from vsdbench.decoding.baseline import hf_generate
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
+from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
 from vsdbench.models.source import fingerprint
 
@@ -36,23 +38,45 @@ class Method:
         name: As the tables call it.
         kind: Whether it is measured or measured against.
         run: Decodes a prompt.
-        shape: Tree shape; None for baselines.
+        shape: Tree shape; None for baselines, and where every mode has its own.
+        trees: Shapes that were chosen by measurement, by mode: ``tree`` and what was predicted of it.
         objective: What the drafter was trained for, if it was.
         drafter_fingerprint: Hash of the drafter's weights, if it has any.
         training: What its training cost and where it lies, for the manifest.
+        drafter: What drafts, in methods of our engine.
     """
 
     name: str
     kind: Literal["baseline", "drafter"]
     run: Callable[[Sequence[int], DecodeSettings], Generation]
     shape: TreeShape | None = None
+    trees: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     objective: str | None = None
     drafter_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    drafter: Drafter | None = None
+
+    def shape_in(self, mode: str) -> TreeShape | None:
+        """Return the tree shape of a mode."""
+        return TreeShape(**self.trees[mode]["tree"]) if mode in self.trees else self.shape
 
 
-def build_methods(suite: SuiteConfig, target: Target, *, console: Console | None = None) -> list[Method]:
+def build_methods(
+    suite: SuiteConfig,
+    target: Target,
+    *,
+    console: Console | None = None,
+    calibration: Sequence[Sequence[int]] = (),
+    chosen: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> list[Method]:
     """Return the suite's methods, baselines first, training what is missing.
+
+    Args:
+        suite: What is compared.
+        target: The target.
+        console: Where notes and progress go.
+        calibration: Token ids of prompts that are not in the suite, on which ``auto`` trees are chosen.
+        chosen: Trees chosen before, by method and mode, for a run that goes on.
 
     Raises:
         ConfigError: The same-engine baseline is missing, or a drafter is unknown or misconfigured.
@@ -63,8 +87,45 @@ def build_methods(suite: SuiteConfig, target: Target, *, console: Console | None
     builders = [registry.load("vsdbench.drafters", entry.type) for entry in suite.drafters]
     methods = [_baseline(name, target) for name in suite.baselines]
     for entry, builder in zip(suite.drafters, builders, strict=True):
-        methods.append(_drafter(entry, builder, target, console))
+        method = _drafter(entry, builder, target, console)
+        if entry.tree.kind == "auto":
+            known = (chosen or {}).get(entry.name, {})
+            measured_on = (target, calibration)
+            method = _with_chosen_trees(method, suite, entry, measured_on=measured_on, known=known, console=console)
+        methods.append(method)
     return methods
+
+
+def _with_chosen_trees(
+    method: Method,
+    suite: SuiteConfig,
+    entry: DrafterEntry,
+    *,
+    measured_on: tuple[Target, Sequence[Sequence[int]]],
+    known: Mapping[str, Mapping[str, Any]],
+    console: Console | None,
+) -> Method:
+    """Return the method with a shape for every mode: the one ``known`` from before, or one chosen now."""
+    target, prompts = measured_on
+    assert method.drafter is not None
+    modes: dict[str, DecodeSettings] = {
+        mode.name: DecodeSettings(
+            max_new_tokens=suite.generation.max_new_tokens,
+            rule=mode.rule,
+            sampling=SamplingParams(temperature=mode.temperature, top_k=mode.sampling_top_k, top_p=mode.top_p),
+            seed=suite.seed,
+        )
+        for mode in suite.modes
+        if mode.name not in known
+    }
+    trees = dict(known)
+    if modes:
+        choices = choose_trees(target, method.drafter, prompts, modes=modes, limit=entry.tree.shape())
+        for name, choice in choices.items():
+            trees[name] = choice.describe()
+            if console is not None:
+                console.print(f"{entry.name}, {name}: {choice.sentence()}", highlight=False)
+    return replace(method, shape=None, trees=trees)
 
 
 def _baseline(name: str, target: Target) -> Method:
@@ -82,7 +143,11 @@ def engine_method(
 ) -> Method:
     """Return the method that decodes with ``drafter`` in our engine; ``details`` are further fields of ``Method``."""
     return Method(
-        name=name, kind=kind, run=lambda prompt, settings: decode(target, drafter, prompt, settings), **details
+        name=name,
+        kind=kind,
+        run=lambda prompt, settings: decode(target, drafter, prompt, settings),
+        drafter=drafter,
+        **details,
     )
 
 
@@ -100,6 +165,7 @@ def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Targe
             "recipe": entry.recipe,
             "seconds": trained.seconds,
             "tokens": trained.tokens,
+            "target_forwards": trained.target_forwards,
             "cached": trained.cached,
             "checkpoint": str(trained.path.name),
         }
@@ -109,7 +175,7 @@ def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Targe
         "drafter",
         target,
         drafter,
-        shape=TreeShape(**entry.tree.model_dump()),
+        shape=entry.tree.shape(),
         objective=objective,
         drafter_fingerprint=_fingerprint(drafter, checkpoint),
         training=training,

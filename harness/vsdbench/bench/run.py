@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vsdbench import registry
+from vsdbench.bench.auto_tree import calibration_prompts
 from vsdbench.bench.methods import Method, build_methods
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
@@ -92,24 +93,35 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
     return target
 
 
-def open_suite(name: str, options: RunOptions, console: Console) -> Suite:
+def open_suite(name: str | Suite, options: RunOptions, console: Console) -> Suite:
     """Return the suite with the command line's changes applied; downloads show their progress unless it is quiet.
+
+    One that was made ready before is taken as it is.
 
     Raises:
         ConfigError: Unknown suite, key or value, or a suite without prompts.
         EnvironmentProblemError: Its data cannot be fetched.
     """
+    if isinstance(name, Suite):
+        return name
     overrides = [*options.overrides, *([f"target={options.target}"] if options.target else [])]
     return load_suite(name, overrides, limit=options.limit, progress=not console.quiet)
 
 
-def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, Summary]:
+def run_suite(
+    name: str | Suite,
+    options: RunOptions,
+    console: Console,
+    *,
+    extra: Callable[[Sequence[Method]], Mapping[str, Any]] | None = None,
+) -> tuple[Path, Summary]:
     """Run a suite and return its folder and its summary.
 
     Args:
-        name: Suite name or path.
+        name: Suite name or path, or a suite that is ready.
         options: From the command line.
         console: Where notes and progress go (stderr).
+        extra: Gives further keys of a new run's manifest, once its drafters are trained.
 
     Raises:
         InterruptedRunError: Ctrl-C; everything measured so far is kept.
@@ -122,8 +134,15 @@ def run_suite(name: str, options: RunOptions, console: Console) -> tuple[Path, S
     target = load_target(suite.config.target, options, console)
     key = run_key(suite, target)
     found = _find_resumable(key, options, console)
-    methods = build_methods(suite.config, target, console=console)
-    store = RunStore.open(found) if found else _create(suite, target, methods, key, options)
+    methods = build_methods(
+        suite.config,
+        target,
+        console=console,
+        calibration=calibration_prompts(suite, target),
+        chosen=_chosen_trees(found),
+    )
+    more = extra(methods) if extra and not found else {}
+    store = RunStore.open(found) if found else _create(suite, target, methods, key, options, more)
     with store:
         _check_same_drafters(store, methods)
         for note in store.notes:
@@ -187,7 +206,9 @@ def _is_unfinished(run: Path, key: str, console: Console) -> bool:
     return manifest.get("run_key") == key and manifest.get("status") != "complete"
 
 
-def _create(suite: Suite, target: Target, methods: Sequence[Method], key: str, options: RunOptions) -> RunStore:
+def _create(  # noqa: PLR0917 - what a manifest is made of
+    suite: Suite, target: Target, methods: Sequence[Method], key: str, options: RunOptions, extra: Mapping[str, Any]
+) -> RunStore:
     run_id = f"{suite.config.name}-{datetime.now(tz=UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     config = suite.config.model_dump(mode="json")
     manifest = {
@@ -207,6 +228,7 @@ def _create(suite: Suite, target: Target, methods: Sequence[Method], key: str, o
         "attention": target.attention,
         "methods": _describe(methods),
         "machine": machine(),
+        **extra,
     }
     return RunStore.create(
         results_dir(options.results) / run_id, manifest, config=yaml.safe_dump(config, sort_keys=False)
@@ -221,9 +243,16 @@ def _describe(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "objective": method.objective,
             "drafter_fingerprint": method.drafter_fingerprint,
             "training": method.training,
+            "trees": dict(method.trees),
         }
         for method in methods
     ]
+
+
+def _chosen_trees(run: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the trees that a run which goes on was started with."""
+    methods = load_manifest(run)["methods"] if run else []
+    return {entry["name"]: entry.get("trees", {}) for entry in methods}
 
 
 def _check_same_drafters(store: RunStore, methods: Sequence[Method]) -> None:

@@ -151,7 +151,7 @@ class Runner:
         if method.name == REFERENCE and verdict == "equal":
             verdict = "reference"
         config, sampling = self.suite.config, settings.sampling
-        shape = method.shape
+        shape = method.shape_in(block.mode.name)
         record = Record(
             run_id=self._run_id,
             suite=config.name,
@@ -199,7 +199,7 @@ class Runner:
         mode = block.mode
         return DecodeSettings(
             max_new_tokens=self.suite.config.generation.max_new_tokens,
-            shape=method.shape or TreeShape(budget=0),
+            shape=method.shape_in(mode.name) or TreeShape(budget=0),
             rule=mode.rule,
             sampling=SamplingParams(temperature=mode.temperature, top_k=mode.sampling_top_k, top_p=mode.top_p),
             seed=self._seed(block),

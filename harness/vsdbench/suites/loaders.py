@@ -9,7 +9,7 @@ import gzip
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Suite:
         notes: Sentences that the user must see: a fallback was used, a namesake was found elsewhere.
         prompts_sha256: Of the prompts as they will be run.
         path: The suite's file.
+        spare: Prompts of the same sources that the limits left out: what may be looked at before the run.
     """
 
     config: SuiteConfig
@@ -54,6 +55,7 @@ class Suite:
     notes: tuple[str, ...]
     prompts_sha256: str
     path: Path
+    spare: tuple[Prompt, ...] = ()
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[SuiteConfig, Path, tuple[str, ...]]:
@@ -87,21 +89,26 @@ def load_suite(
         raise ConfigError(f"the limit is {limit}, but at least 1 prompt is needed.")
     config, path, found_notes = load_config(name_or_path, overrides)
     prompts: list[Prompt] = []
+    rest: list[Prompt] = []
     notes = list(found_notes)
     for source in config.sources:
-        loaded, note = _load_source(source, folder=path.parent, seed=config.seed, progress=progress)
-        prompts += loaded
-        notes += [note] if note else []
+        loaded = _load_source(source, folder=path.parent, seed=config.seed, progress=progress)
+        prompts += loaded.prompts
+        rest += loaded.rest
+        notes += [loaded.note] if loaded.note else []
     _check_ids(prompts, path)
     _check_expected(config, prompts, path, overrides, used_fallback=len(notes) > len(found_notes))
+    everything = [*prompts, *rest]
     if limit is not None:
         prompts = stratified(prompts, limit, config.seed)
+    taken = {prompt.hash for prompt in prompts}
     return Suite(
         config=config,
         prompts=tuple(prompts),
         notes=tuple(notes),
         prompts_sha256=prompts_sha256(prompts),
         path=path,
+        spare=tuple(prompt for prompt in everything if prompt.hash not in taken),
     )
 
 
@@ -132,10 +139,17 @@ def _check_expected(
         )
 
 
-def _load_source(
-    source: HubSource | WheelSource | JsonlSource, *, folder: Path, seed: int, progress: bool
-) -> tuple[list[Prompt], str | None]:
-    """Return a source's prompts and a note if they are not fresh from the source itself.
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A source's prompts, those that its limit left out, and a note if they are not fresh from the source itself."""
+
+    prompts: list[Prompt]
+    rest: Sequence[Prompt] = ()
+    note: str | None = None
+
+
+def _load_source(source: HubSource | WheelSource | JsonlSource, *, folder: Path, seed: int, progress: bool) -> _Loaded:
+    """Return what a source holds.
 
     Prompts that came from the hub are kept, so that the same suite runs again without a network; a declared fallback
     is used only where there is no such copy.
@@ -147,16 +161,20 @@ def _load_source(
             raise
         kept = _kept_path(source, seed)
         if kept.is_file():
-            return _read_kept(kept), f"{_sentence(error)} Using the copy of '{source.name}' kept from an earlier run."
+            note = f"{_sentence(error)} Using the copy of '{source.name}' kept from an earlier run."
+            return _Loaded(_read_kept(kept), note=note)
         if source.fallback is None:
             raise
-        prompts, _ = _load_source(source.fallback, folder=folder, seed=seed, progress=progress)
-        return prompts, f"{_sentence(error)} Using '{source.fallback.name}' in place of '{source.name}'."
+        instead = _load_source(source.fallback, folder=folder, seed=seed, progress=progress)
+        note = f"{_sentence(error)} Using '{source.fallback.name}' in place of '{source.name}'."
+        return replace(instead, note=note)
+    everything = prompts
     if source.limit is not None:
         prompts = stratified(prompts, source.limit, seed)
     if isinstance(source, HubSource):
         _keep(prompts, _kept_path(source, seed))
-    return prompts, None
+    taken = {prompt.id for prompt in prompts}
+    return _Loaded(prompts, [prompt for prompt in everything if prompt.id not in taken])
 
 
 def _sentence(error: Exception) -> str:

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from vsdbench.config import Config
-from vsdbench.decoding.interfaces import ShapeKind, VerifyRule
+from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule
 from vsdbench.suites.articles import Part
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+DrafterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(@[0-9]+)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Baseline = Literal["autoregressive", "hf-generate"]
 FileFormat = Literal["json", "jsonl", "jsonl.gz"]
@@ -205,13 +206,34 @@ class Mode(Config):
         return self
 
 
-class TreeConfig(Config):
-    """The tree that a drafter proposes in one step: draft tokens, longest path, children a node."""
+_AUTO_LIMITS = {"budget": 32, "depth": 6, "top_k": 8}
 
-    kind: ShapeKind = "dynamic"
+
+class TreeConfig(Config):
+    """The tree that a drafter proposes in one step: draft tokens, longest path, children a node.
+
+    Attributes:
+        kind: ``auto`` is the dynamic tree with the best predicted speedup on this machine, within the other three.
+        budget: Draft tokens, at most (7; 32 for ``auto``).
+        depth: Longest path (4; 6 for ``auto``).
+        top_k: Children a node (4; 8 for ``auto``).
+    """
+
+    kind: ShapeKind | Literal["auto"] = "dynamic"
     budget: int = Field(default=7, ge=1)
     depth: int = Field(default=4, ge=1)
     top_k: int = Field(default=4, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wide_limits_for_auto(cls, raw: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
+        raw = {"kind": "auto"} if raw == "auto" else raw
+        return _AUTO_LIMITS | raw if isinstance(raw, dict) and raw.get("kind") == "auto" else raw
+
+    def shape(self) -> TreeShape:
+        """Return it as a shape; for ``auto`` the largest that is considered."""
+        kind: ShapeKind = "dynamic" if self.kind == "auto" else self.kind
+        return TreeShape(kind=kind, budget=self.budget, depth=self.depth, top_k=self.top_k)
 
     @model_validator(mode="after")
     def _depth_fits_the_budget(self) -> TreeConfig:
@@ -224,7 +246,7 @@ class DrafterEntry(Config):
     """A drafter to measure.
 
     Attributes:
-        name: What the tables call it.
+        name: What the tables call it; ``NAME@SEED`` where several training seeds of one drafter are measured.
         type: Entry-point name of its architecture.
         recipe: The recipe that trains it, for drafters with weights.
         checkpoint: Trained weights to use instead of the recipe's.
@@ -232,7 +254,7 @@ class DrafterEntry(Config):
         tree: What it proposes in one step.
     """
 
-    name: Name
+    name: DrafterName
     type: str
     recipe: str | None = None
     checkpoint: str | None = None

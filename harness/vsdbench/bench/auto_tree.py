@@ -1,0 +1,333 @@
+"""``tree: auto``: the tree with the best predicted speedup for this drafter, target and machine.
+
+A larger tree keeps more tokens a step and makes every step dearer; where the best trade lies depends on the drafter and
+on the machine, so it is measured, on prompts that are not in the suite. Two measurements, both with the engine itself:
+
+* *Acceptance.* Plain decoding of some answers, with a wide tree proposed at every position and none sent. What any
+  smaller dynamic tree would have kept is then read off: it holds the most probable of the same nodes.
+* *Cost.* A few steps with each of a grid of shapes give the milliseconds of drafting (by depth and children) and of
+  verifying (by nodes), and of a plain step.
+
+Predicted speedup = tokens a step x plain step / (drafting + verifying + the rest).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
+from vsdbench.decoding.interfaces import TokenTree, TreeShape
+from vsdbench.decoding.tree import empty_tree
+from vsdbench.suites.prompts import stratified
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vsdbench.decoding.interfaces import Drafter, TargetState
+    from vsdbench.models.target import Target
+    from vsdbench.suites.loaders import Suite
+
+NUM_PROMPTS = 16
+ANSWER_TOKENS = 48
+COST_TOKENS = 24
+TOP_KS = (1, 2, 4, 8)
+_WIDER = 3
+_ROUNDS = 2
+BUDGETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
+
+PROMPTS = (
+    "My landlord has not repaired the heating for three weeks. Draft a firm but polite letter that names a deadline.",
+    "Write the opening paragraph of a mystery novel set on a night train, in the voice of a tired ticket inspector.",
+    "You are a medieval blacksmith. A customer asks why your swords cost so much. Answer in character.",
+    "Pretend to be a sports commentator and describe somebody who tries to assemble a bookshelf.",
+    "Anna is older than Ben, and Carl is younger than Ben but older than Dora. Who is the second oldest, and why?",
+    "I left a sealed bottle of water in the freezer overnight and it cracked. Explain what happened, step by step.",
+    "A shop lowers a price of 80 euros by 15 percent and then raises it by 10 percent. What is the price now?",
+    "How many different ways are there to seat four people on a bench if two of them insist on sitting together?",
+    "Write a Python function that merges two sorted lists without using sort, and explain its running time.",
+    "What does this regular expression match, and where could it fail: ^[a-z0-9._]+@[a-z0-9]+\\.[a-z]{2,}$",
+    "Read: 'Orders: Mia 3 tickets, Leo 5, Sam 2, Mia 1 more.' Give the total for each person as JSON.",
+    "From the sentence 'Founded in 1987 in Turin, the firm moved to Lyon in 2004', list every year with its event.",
+    "Compare how vaccines and antibiotics work, and say against which kinds of disease each of them helps.",
+    "Why does a pendulum clock run slower in summer? Give the physical reason and a rough size of the effect.",
+    "What were the main reasons for the decline of the Hanseatic League? Answer in a short essay.",
+    "Discuss whether a city should make its public transport free. Give two arguments on each side.",
+)
+"""Where a suite uses all prompts that its sources have, these stand in for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Milliseconds, each the median over steps.
+
+    Attributes:
+        plain: A step of plain decoding.
+        draft: By ``(depth, top_k)`` of a dynamic tree.
+        verify: By number of nodes.
+        other: Of a step, neither drafting nor the target's forward.
+    """
+
+    plain: float
+    draft: dict[tuple[int, int], float]
+    verify: dict[int, float]
+    other: float
+
+    def step(self, shape: TreeShape) -> float:
+        """Return the milliseconds of a step with this shape; verification is interpolated between measured sizes."""
+        sizes = sorted(self.verify)
+        forward = float(np.interp(shape.budget, sizes, [self.verify[size] for size in sizes]))
+        return self.draft[shape.depth, shape.top_k] + forward + self.other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A shape and what is predicted of it.
+
+    Attributes:
+        shape: The shape.
+        tau: Tokens a step.
+        speedup: Over plain decoding by the same engine.
+        step_ms: Milliseconds of a step.
+    """
+
+    shape: TreeShape
+    tau: float
+    speedup: float
+    step_ms: float
+
+    def sentence(self) -> str:
+        """Return it in words."""
+        shape = self.shape
+        size = f"{shape.budget} nodes, depth {shape.depth}, {shape.top_k} children"
+        return f"the best tree is predicted to be {size}: tau {self.tau:.2f}, speedup {self.speedup:.2f}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as plain JSON data, for the manifest."""
+        shape = self.shape
+        return {
+            "tree": {"kind": shape.kind, "budget": shape.budget, "depth": shape.depth, "top_k": shape.top_k},
+            "predicted_tau": self.tau,
+            "predicted_speedup": self.speedup,
+            "predicted_step_ms": self.step_ms,
+        }
+
+
+class Proposal:
+    """A wide tree of N nodes, from which the smaller dynamic trees of the same drafter can be read.
+
+    Args:
+        tree: As proposed.
+    """
+
+    def __init__(self, tree: TokenTree) -> None:
+        logs = tree.log_probs.double().cpu().numpy()
+        self._tokens: list[int] = tree.tokens.tolist()
+        self._parents = tree.parents
+        self._scores = np.zeros(len(tree))  # log-probability of the path
+        self._ranks = np.zeros(len(tree), dtype=np.int64)  # among siblings
+        children: Counter[int] = Counter()
+        for node, parent in enumerate(tree.parents):
+            self._scores[node] = logs[node] + (self._scores[parent] if parent >= 0 else 0.0)
+            self._ranks[node] = children[parent]
+            children[parent] += 1
+        self._levels = [
+            np.flatnonzero(np.equal(tree.depths, depth)) for depth in range(1, max(tree.depths, default=0) + 1)
+        ]
+        self._places: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def places(self, depth: int, top_k: int) -> NDArray[np.int64]:
+        """Return ``[N]``: with which budget each node enters the dynamic tree of this depth and top-k, less one.
+
+        N for nodes that its growth does not reach: it expands the ``top_k`` most probable nodes of every level.
+        """
+        if (depth, top_k) not in self._places:
+            expanded, reached = {-1}, list[int]()
+            for level in self._levels[:depth]:
+                grown = [n for n in level.tolist() if self._parents[n] in expanded and self._ranks[n] < top_k]
+                reached += grown
+                expanded = set(sorted(grown, key=lambda n: -self._scores[n])[:top_k])
+            order = sorted(reached, key=lambda n: -self._scores[n])
+            places = np.full(len(self._tokens), len(self._tokens))
+            places[order] = np.arange(len(order))
+            self._places[depth, top_k] = places
+        return self._places[depth, top_k]
+
+    def kept(self, shape: TreeShape, following: Sequence[int]) -> int:
+        """Return how many of the ``following`` tokens the dynamic tree of this shape holds, from the root down."""
+        places = self.places(shape.depth, shape.top_k)
+        at, length = -1, 0
+        for token in following[: shape.depth]:
+            children = (n for n, parent in enumerate(self._parents) if parent == at and self._tokens[n] == token)
+            at = next(children, -2)
+            if at == -2 or places[at] >= shape.budget:
+                break
+            length += 1
+        return length
+
+
+class Watching:
+    """Lets a drafter propose a wide tree at every position, keeps it, and sends nothing: decoding stays plain."""
+
+    def __init__(self, drafter: Drafter, shape: TreeShape) -> None:
+        self.name = drafter.name
+        self.proposals: list[Proposal] = []
+        self._drafter, self._shape = drafter, shape
+
+    def begin(self, state: TargetState, max_length: int) -> None:
+        """Begin an answer."""
+        self.proposals = []
+        self._drafter.begin(state, max_length)
+
+    def propose(
+        self, state: TargetState, shape: TreeShape, *, temperature: float, generator: torch.Generator
+    ) -> TokenTree:
+        """Return the empty tree, and keep what the drafter would have sent."""
+        del shape
+        tree = self._drafter.propose(state, self._shape, temperature=temperature, generator=generator)
+        self.proposals.append(Proposal(tree))
+        return empty_tree(state.next_logits.device)
+
+    def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
+        """Tell the drafter of the one token that was decoded."""
+        self._drafter.commit(state, num_accepted, features)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plainly decoded answer: its tokens, and the wide tree proposed after each but the last."""
+
+    tokens: list[int]
+    proposals: list[Proposal]
+
+    def walk(self, shape: TreeShape) -> tuple[int, int]:
+        """Return the tokens emitted and the steps taken, had it been decoded with this shape."""
+        at, steps = 0, 0
+        while at < len(self.proposals):
+            at += 1 + self.proposals[at].kept(shape, self.tokens[at + 1 :])
+            steps += 1
+        return len(self.tokens) - 1, steps
+
+
+def candidates(limit: TreeShape) -> list[TreeShape]:
+    """Return the dynamic shapes up to ``limit`` that are considered."""
+    return [
+        TreeShape(kind="dynamic", budget=budget, depth=depth, top_k=top_k)
+        for top_k in TOP_KS
+        for depth in range(1, limit.depth + 1)
+        for budget in BUDGETS
+        if top_k <= limit.top_k and depth <= budget <= min(limit.budget, top_k + (depth - 1) * top_k**2)
+    ]
+
+
+def watch(
+    target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], settings: DecodeSettings, limit: TreeShape
+) -> list[Answer]:
+    """Return plainly decoded answers with a tree proposed at every position, wide enough for all up to ``limit``."""
+    answers = []
+    watching = Watching(drafter, replace(limit, budget=_WIDER * limit.budget))
+    for prompt in prompts:
+        generation = decode(target, watching, prompt, replace(settings, max_new_tokens=ANSWER_TOKENS))
+        answers.append(Answer(generation.token_ids, watching.proposals))
+    return answers
+
+
+def measure_costs(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodeSettings,
+    limit: TreeShape,
+) -> Costs:
+    """Return the costs of steps, from a few steps with each of a grid of shapes, plain ones between them."""
+    grid = [(depth, top_k) for top_k in TOP_KS if top_k <= limit.top_k for depth in range(1, limit.depth + 1)]
+    sizes = [budget for budget in BUDGETS if budget <= limit.budget]
+    plain: list[float] = []
+    other: list[float] = []
+    draft: dict[tuple[int, int], list[float]] = {cell: [] for cell in grid}
+    verify: dict[int, list[float]] = {}
+    for turn in range(_ROUNDS * len(grid)):
+        depth, top_k = grid[turn % len(grid)]
+        size = max(depth, sizes[turn % len(sizes)])
+        shape = TreeShape(kind="dynamic", budget=size, depth=depth, top_k=top_k)
+        short = replace(settings, max_new_tokens=COST_TOKENS, shape=shape, eos_ids=frozenset())
+        prompt = prompts[turn % len(prompts)]
+        for step in decode(target, drafter, prompt, short).steps[1:]:
+            draft[depth, top_k].append(step.draft_ms)
+            verify.setdefault(step.num_nodes, []).append(step.verify_ms)
+            other.append(step.other_ms)
+        if turn % 4 == 0:
+            steps = decode(target, Autoregressive(), prompt, short).steps[1:]
+            plain += [step.draft_ms + step.verify_ms + step.other_ms for step in steps]
+            verify.setdefault(0, []).extend(step.verify_ms for step in steps)
+    medians = {size: statistics.median(times) for size, times in sorted(verify.items()) if len(times) >= 3}
+    rising = np.maximum.accumulate(list(medians.values()))  # more nodes are never cheaper: what says so is noise
+    return Costs(
+        plain=statistics.median(plain),
+        draft={cell: statistics.median(times) for cell, times in draft.items()},
+        verify=dict(zip(medians, rising.tolist(), strict=True)),
+        other=statistics.median(other),
+    )
+
+
+def rank(answers: Sequence[Answer], costs: Costs, shapes: Sequence[TreeShape]) -> list[Choice]:
+    """Return the shapes with what is predicted of them, the best first; of equals the smaller tree."""
+    choices = []
+    for shape in shapes:
+        walked = [answer.walk(shape) for answer in answers]
+        emitted, steps = (sum(counts) for counts in zip(*walked, strict=True))
+        tau, step_ms = emitted / max(1, steps), costs.step(shape)
+        choices.append(Choice(shape=shape, tau=tau, speedup=tau * costs.plain / step_ms, step_ms=step_ms))
+    return sorted(choices, key=lambda choice: (-choice.speedup, choice.shape.budget))
+
+
+def choose_trees(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    modes: Mapping[str, DecodeSettings],
+    limit: TreeShape,
+) -> dict[str, Choice]:
+    """Return the shape with the best predicted speedup for every mode; costs are measured once.
+
+    Args:
+        target: The target.
+        drafter: Its drafter.
+        prompts: Token ids of calibration prompts.
+        modes: Rule, sampling and seed of the decoding to come, by the mode's name.
+        limit: Largest budget, depth and top-k that are considered.
+    """
+    first = next(iter(modes.values()))
+    decode(target, drafter, prompts[0], replace(first, max_new_tokens=COST_TOKENS, shape=limit))  # warm-up
+    costs = measure_costs(target, drafter, prompts, first, limit)
+    return {
+        name: rank(watch(target, drafter, prompts, settings, limit), costs, candidates(limit))[0]
+        for name, settings in modes.items()
+    }
+
+
+def calibration_prompts(suite: Suite, target: Target) -> list[list[int]]:
+    """Return the token ids of prompts to look at before a run: of the suite's sources if they have more, else our own.
+
+    None where no tree is chosen. Each leaves room for an answer.
+    """
+    if not any(entry.tree.kind == "auto" for entry in suite.config.drafters):
+        return []
+    spare = stratified(suite.spare, NUM_PROMPTS, suite.config.seed)
+    texts = [prompt.turns[0] for prompt in spare] if len(spare) == NUM_PROMPTS else list(PROMPTS)
+    generation = suite.config.generation
+    system = [] if generation.system is None else [{"role": "system", "content": generation.system}]
+    if generation.chat:
+        encoded = [target.encode_chat([*system, {"role": "user", "content": text}]) for text in texts]
+    else:
+        encoded = [[int(token) for token in target.tokenizer(text)["input_ids"]] for text in texts]
+    room = target.max_positions - ANSWER_TOKENS
+    return [prompt for prompt in encoded if 0 < len(prompt) < room] or [encoded[0][: max(1, room - 1)]]

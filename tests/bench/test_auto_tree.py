@@ -1,0 +1,176 @@
+"""Automatic trees: what is read off a wide tree is what the smaller one keeps, and the best prediction is taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.decoding.test_tree import TableScorer
+from tests.decoding.tiny import make_prompt, make_target, settings, tree_of
+from tests.drafters.test_eagle3_decoding import make_drafter_model
+
+from vsdbench.bench import methods
+from vsdbench.bench.auto_tree import (
+    NUM_PROMPTS,
+    PROMPTS,
+    Answer,
+    Choice,
+    Costs,
+    Proposal,
+    calibration_prompts,
+    candidates,
+    choose_trees,
+    measure_costs,
+    rank,
+    watch,
+)
+from vsdbench.decoding.engine import decode
+from vsdbench.decoding.interfaces import TreeShape
+from vsdbench.decoding.tree import grow
+from vsdbench.suites.prompts import Prompt
+from vsdbench.suites.schema import DrafterEntry, Generation, Mode, TreeConfig
+from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
+from vsdbench_drafters.training.recipe import EvaluationConfig
+
+LIMIT = TreeShape(budget=16, depth=4, top_k=4)
+
+
+def make_drafter(target):
+    return Eagle3Drafter(make_drafter_model(target), dtype=target.dtype)
+
+
+def grown(seed, shape):
+    return grow(TableScorer(seed, sharpness=2.0), shape, temperature=0.0, generator=torch.Generator())
+
+
+def held(tree, following):
+    """How many of the tokens a tree holds, by walking it."""
+    at, length = -1, 0
+    tokens = tree.tokens.tolist()
+    for token in following:
+        found = [n for n in range(len(tree)) if tree.parents[n] == at and tokens[n] == token]
+        if not found:
+            break
+        at, length = found[0], length + 1
+    return length
+
+
+def test_smaller_trees_are_read_off_a_wide_one():
+    checked = differing = 0
+    for seed in range(12):
+        wide = Proposal(grown(seed, TreeShape(budget=400, depth=4, top_k=4)))
+        for shape in candidates(LIMIT):
+            tree = grown(seed, shape)
+            for follow in range(8):
+                generator = torch.Generator().manual_seed(follow)
+                following = (2 * torch.randint(0, 6, (5,), generator=generator) + 1).tolist()
+                same = wide.kept(shape, following) == held(tree, following)
+                if shape.top_k == 4:
+                    assert same
+                checked, differing = checked + 1, differing + (not same)
+    assert differing < 0.01 * checked  # fewer children than the wide tree's: its levels may have expanded others
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_walk_takes_the_steps_that_decoding_takes(temperature):
+    target = make_target()
+    drafter = make_drafter(target)
+    prompts = [make_prompt(9, seed) for seed in range(3)]
+    chosen = settings(30, temperature=temperature)
+    answers = watch(target, drafter, prompts, chosen, LIMIT)
+    total = 0
+    for budget in (1, 4, 9, 16):
+        shape = TreeShape(budget=budget, depth=min(budget, 4), top_k=4)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            generation = decode(target, drafter, prompt, settings(48, temperature=temperature, shape=shape))
+            assert generation.token_ids == answer.tokens
+            assert answer.walk(shape) == (47, len(generation.steps))
+            total += len(generation.steps)
+    assert total < 4 * 3 * 47  # something was kept
+
+
+def test_the_best_prediction_comes_first_and_follows_the_costs():
+    chain = Proposal(tree_of([1, 2, 3], [-1, 0, 1]))
+    answers = [Answer([0, 1, 2, 3, 9, 9], [chain] + [Proposal(tree_of([5, 5, 5], [-1, 0, 1]))] * 4)]
+    shapes = [TreeShape(budget=n, depth=n, top_k=1) for n in (1, 2, 3)]
+    draft = {(1, 1): 1.0, (2, 1): 2.0, (3, 1): 3.0}
+    costs = Costs(plain=10.0, draft=draft, verify={0: 9.0, 1: 9.0, 3: 9.0}, other=0.0)
+    choices = rank(answers, costs, shapes)
+    assert [choice.shape.budget for choice in choices] == [3, 2, 1]
+    assert choices[0].tau == 5 / 2
+    assert choices[0].speedup == pytest.approx(5 / 2 * 10 / 12)
+    dear = Costs(plain=10.0, draft=draft, verify={0: 9.0, 1: 9.0, 3: 40.0}, other=0.0)
+    assert dear.step(shapes[1]) == pytest.approx(2.0 + 24.5)
+    assert rank(answers, dear, shapes)[0].shape.budget == 1
+
+
+def test_costs_cover_every_candidate_and_rise_with_the_nodes():
+    target = make_target()
+    costs = measure_costs(target, make_drafter(target), [make_prompt(9)], settings(8), LIMIT)
+    assert list(costs.verify.values()) == sorted(costs.verify.values())
+    assert 0 in costs.verify
+    for shape in candidates(LIMIT):
+        assert costs.step(shape) > 0
+        assert shape.depth <= shape.budget <= LIMIT.budget
+
+
+def test_every_mode_gets_a_shape_within_the_limits():
+    target = make_target()
+    modes = {"greedy": settings(8), "stochastic": settings(8, temperature=1.0)}
+    chosen = choose_trees(target, make_drafter(target), [make_prompt(9)], modes=modes, limit=LIMIT)
+    assert list(chosen) == ["greedy", "stochastic"]
+    assert all(choice.shape in candidates(LIMIT) for choice in chosen.values())
+
+
+def suite_of(tree, spare=()):
+    entry = DrafterEntry(name="a", type="known", tree=tree)
+    modes = [Mode(name="greedy", temperature=0, rule="greedy")]
+    generation = Generation(max_new_tokens=8, chat=False)
+    config = SimpleNamespace(drafters=[entry], seed=0, generation=generation, modes=modes, baselines=["autoregressive"])
+    return SimpleNamespace(config=config, spare=spare)
+
+
+def test_prompts_to_look_at_are_those_that_the_suite_left_out():
+    prompts = [
+        Prompt(id=str(n), turns=(f"prompt {n}",), category="c", source="s", hash=str(n)) for n in range(NUM_PROMPTS + 4)
+    ]
+    target = SimpleNamespace(max_positions=400, tokenizer=lambda text: {"input_ids": [len(text), *text.encode()]})
+    assert calibration_prompts(suite_of(TreeConfig(), prompts), target) == []
+    spare = calibration_prompts(suite_of(TreeConfig(kind="auto"), prompts), target)
+    assert len(spare) == NUM_PROMPTS
+    assert {bytes(ids[1:]).decode() for ids in spare} < {prompt.turns[0] for prompt in prompts}
+    own = calibration_prompts(suite_of(TreeConfig(kind="auto"), prompts[:3]), target)
+    assert [bytes(ids[1:]).decode() for ids in own] == list(PROMPTS)
+
+
+def test_auto_is_a_word_or_a_kind_with_wide_limits():
+    word, kind = DrafterEntry(name="a", type="b", tree="auto").tree, TreeConfig(kind="auto", budget=12)
+    assert (word.kind, word.budget, word.depth, word.top_k) == ("auto", 32, 6, 8)
+    assert kind.shape() == TreeShape(kind="dynamic", budget=12, depth=6, top_k=8)
+
+
+def test_a_chosen_tree_is_noted_and_kept_when_a_run_goes_on(monkeypatch):
+    target = make_target()
+    monkeypatch.setattr(methods.registry, "load", lambda *_: lambda target, **_: make_drafter(target))
+    shape = TreeShape(budget=3, depth=2, top_k=2)
+    asked = []
+
+    def choose(_target, _drafter, prompts, *, modes, limit):
+        asked.append((prompts, list(modes), limit.budget))
+        return {name: Choice(shape=shape, tau=1.5, speedup=1.2, step_ms=3.0) for name in modes}
+
+    monkeypatch.setattr(methods, "choose_trees", choose)
+    config = suite_of(TreeConfig(kind="auto")).config
+    method = methods.build_methods(config, target, calibration=[[1, 2]])[1]
+    assert asked == [([[1, 2]], ["greedy"], 32)]
+    assert method.shape_in("greedy") == shape
+    assert method.trees["greedy"]["predicted_speedup"] == 1.2
+    again = methods.build_methods(config, target, calibration=[], chosen={"a": method.trees})[1]
+    assert again.shape_in("greedy") == shape
+    assert len(asked) == 1
+
+
+def test_checkpoints_are_judged_with_one_tree():
+    with pytest.raises(ValueError, match="one and the same tree"):
+        EvaluationConfig(tree={"kind": "auto"})
