@@ -100,7 +100,7 @@ def test_the_drafters_outputs_are_those_of_one_chain_a_path(setting, anchors, ki
 def test_the_oracle_sees_what_a_plain_forward_of_each_path_sees(setting, anchors, kind):
     paths = proposals(setting, anchors, kind)
     trie = merge(paths, VD)
-    states = oracle(setting.batch, anchors, trie, setting.model.draft_ids, setting.target)
+    states = oracle(setting.batch, anchors, trie, setting.model.draft_ids, setting.view.target)
     assert len(states) == len(trie) - len(anchors)
     model, batch = setting.target.model, setting.batch
     starts = {row: span.start for span in batch.spans for row in range(span.first_row, span.first_row + span.num_rows)}
@@ -190,6 +190,24 @@ def test_draw_inverts_the_running_sum():
     assert draw(probs, rows, uniform, total).tolist() == [[1, 2, -1, 0, 3]]
 
 
+@pytest.mark.parametrize("with_total", [False, True])
+def test_draws_of_unequal_numbers_of_rows_are_those_of_one_row_at_a_time(with_total):
+    """More rows than one block of running sums has; some are drawn from often, some never."""
+    generator = torch.Generator().manual_seed(2)
+    probs = torch.rand(9, 40_000, generator=generator).square() * (torch.rand(9, 40_000, generator=generator) < 0.1)
+    rows = torch.tensor([[4, 4, 0, 8], [2, 4, 8, 8], [7, 4, 0, 1]])
+    uniform = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    uniform[0, 0] = 1.0  # as rounding may put it: on the sum itself
+    total = probs.double().sum(-1) * 1.2 if with_total else None
+    found = draw(probs, rows, uniform, total)
+    for row, number, token in zip(rows.flatten(), uniform.flatten(), found.flatten().tolist(), strict=True):
+        sums = probs[row].double().cumsum(-1)
+        at = int((sums <= number * (sums[-1] if total is None else total[row])).sum())
+        last = int(probs[row].nonzero()[-1])
+        assert token == (at if at <= last else -1 if with_total else last)
+    assert draw(probs, rows[:0], uniform[:0], total).shape == (0, 4)
+
+
 def test_an_empty_level_ends_the_trie():
     paths = Paths(torch.tensor([[[4, 0, 0]]]), torch.tensor([[1]]), 0)
     trie = merge(paths, VD)
@@ -197,7 +215,7 @@ def test_an_empty_level_ends_the_trie():
     setting = make_setting()
     hidden = trace(setting.model, setting.branch(torch.tensor([0])), trie)
     assert hidden.shape == (1, setting.model.config.hidden_size)
-    assert oracle(setting.batch, torch.tensor([0]), trie, DRAFT_IDS, setting.target).numel() == 0
+    assert oracle(setting.batch, torch.tensor([0]), trie, DRAFT_IDS, setting.view.target).numel() == 0
 
 
 def test_batches_carry_their_seed(setting):

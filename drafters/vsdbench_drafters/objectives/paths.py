@@ -19,17 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, Span
+from vsdbench.models.branching import Branches
 
-_SCORE_ROWS = 64  # contexts whose whole-vocabulary logits are alive at a time
+if TYPE_CHECKING:
+    from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel
+
+_SCORE_ROWS = 256  # contexts whose whole-vocabulary logits are alive at a time, in the head's dtype
+_SOFTMAX_ROWS = 16  # of them, as float32: what stays in a CPU's cache
+_SUM_ELEMENTS = 1 << 17  # running sums in float64, likewise
 
 
 class BranchingTarget(Protocol):
     """The part of a target that scores drafted tokens."""
 
-    def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Return ``[n, H_target]`` last normed hidden states of n tokens that see what ``[n, n]`` bool says."""
+    def branch_states(self, first: int, prefix: Tensor, branches: Branches) -> Tensor:
+        """Return ``[n, H_target]`` last normed hidden states of the n tokens of branches.
+
+        Args:
+            first: Where the batch's sequence starts that they leave from.
+            prefix: ``[P]`` int64, its tokens up to the last one that a branch leaves from.
+            branches: The branches; positions count from the sequence's first token.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +286,6 @@ def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, ta
         target: The target.
     """
     num_anchors, device = len(anchors), anchors.device
-    depths = trie.depths[num_anchors:]
     roots = batch.slots[anchors] + 1  # the token below which an anchor drafts
     below = roots[trie.anchors[num_anchors:]]
     order: list[Tensor] = []
@@ -285,42 +294,27 @@ def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, ta
         mine = ((below >= span.start) & (below < span.start + span.length)).nonzero()[:, 0]
         if len(mine) == 0:
             continue
+        branches = _branches(trie, mine + num_anchors, below[mine] - span.start, draft_ids)
+        prefix = batch.tokens[span.start : span.start + int(branches.roots.max()) + 1]
         order.append(mine)
-        states.append(_branch_span(batch, span, trie, mine, below[mine] - span.start, depths[mine], draft_ids, target))
+        states.append(target.branch_states(span.start, prefix, branches))
     if not order:
         return torch.empty(0, 0, device=device)
     return torch.cat(states)[torch.cat(order).argsort()]
 
 
-def _branch_span(  # noqa: PLR0917 - one sequence's part of what ``oracle`` has
-    batch: DraftBatch,
-    span: Span,
-    trie: Trie,
-    mine: Tensor,
-    roots: Tensor,
-    depths: Tensor,
-    draft_ids: Tensor,
-    target: BranchingTarget,
-) -> Tensor:
-    """Run the target over one sequence and its contexts; ``mine`` are theirs, counted from the first below anchors."""
-    count, device = len(mine), mine.device
-    length = int(roots.max()) + 1
-    rows = mine + trie.levels[1]
-    local = torch.full((len(trie),), -1, device=device)
-    local[rows] = torch.arange(count, device=device)
-    among = torch.eye(count, dtype=torch.bool, device=device)
+def _branches(trie: Trie, rows: Tensor, roots: Tensor, draft_ids: Tensor) -> Branches:
+    """Return the contexts ``rows`` (``[n]``, all those below the anchors of one sequence) with their roots."""
+    depths = trie.depths[rows]
+    local = torch.full((len(trie),), -1, device=rows.device)
+    local[rows] = torch.arange(len(rows), device=rows.device)
     parents = local[trie.parents[rows]]
-    for depth in range(2, int(depths.max()) + 1):
+    lineage = torch.full((len(rows), int(depths.max())), -1, device=rows.device)
+    for depth in range(1, lineage.shape[1] + 1):
         level = (depths == depth).nonzero()[:, 0]
-        among[level] |= among[parents[level]]
-    prefix = torch.arange(length, device=device)
-    visible = torch.zeros(length + count, length + count, dtype=torch.bool, device=device)
-    visible[:length, :length] = prefix[:, None] >= prefix
-    visible[length:, :length] = roots[:, None] >= prefix
-    visible[length:, length:] = among
-    ids = torch.cat([batch.tokens[span.start : span.start + length], draft_ids[trie.tokens[rows]]])
-    positions = torch.cat([prefix, roots + depths])
-    return target.branch_states(ids, positions, visible)[length:]
+        lineage[level, : depth - 1] = lineage[parents[level], : depth - 1]
+        lineage[level, depth - 1] = level
+    return Branches(draft_ids[trie.tokens[rows]], roots, lineage)
 
 
 def draft_probs(drafter: DraftModel, hidden: Tensor) -> Tensor:
@@ -342,15 +336,18 @@ def target_probs(states: Tensor, head: Tensor, draft_ids: Tensor) -> tuple[Tenso
         head: ``[V, H_target]`` the target's LM head.
         draft_ids: ``[Vd]``.
     """
-    probs, choices = [], []
+    wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+    probs = torch.empty(len(states), len(draft_ids), dtype=wide, device=states.device)
+    choices = torch.empty(len(states), dtype=torch.int64, device=states.device)
     with torch.autocast(states.device.type, enabled=False):
-        for rows in torch.split(states, _SCORE_ROWS):
-            logits = rows.to(head.dtype) @ head.T
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            normaliser = torch.logsumexp(wide, dim=-1, keepdim=True)
-            probs.append((wide[:, draft_ids] - normaliser).exp())
-            choices.append(wide.argmax(-1))
-    return torch.cat(probs), torch.cat(choices)
+        for first in range(0, len(states), _SCORE_ROWS):
+            logits = states[first : first + _SCORE_ROWS].to(head.dtype) @ head.T
+            for start in range(0, len(logits), _SOFTMAX_ROWS):
+                some = logits[start : start + _SOFTMAX_ROWS].to(wide)
+                rows = slice(first + start, first + start + len(some))
+                probs[rows] = torch.softmax(some, dim=-1).index_select(1, draft_ids)
+                choices[rows] = some.argmax(-1)
+    return probs, choices
 
 
 def draw(probs: Tensor, rows: Tensor, uniform: Tensor, total: Tensor | None = None) -> Tensor:
@@ -362,14 +359,26 @@ def draw(probs: Tensor, rows: Tensor, uniform: Tensor, total: Tensor | None = No
         uniform: ``[...]`` float64 in [0, 1).
         total: ``[n]`` masses that may exceed the rows' sums; what falls behind a row's sum gives -1. None: the sums.
     """
-    cumulative = probs.double().cumsum(-1)
-    mass = cumulative[:, -1] if total is None else total.double()
-    threshold = uniform * mass[rows]
-    flat, wanted = cumulative[rows.reshape(-1)], threshold.reshape(-1, 1)
-    token = torch.searchsorted(flat, wanted, right=True)[:, 0]
-    last = probs.shape[-1]
+    order = rows.flatten().argsort(stable=True)
+    counts = torch.bincount(rows.flatten(), minlength=len(probs))
+    firsts = counts.cumsum(0) - counts
+    owner = rows.flatten()[order]
+    place = torch.arange(len(owner), device=rows.device) - firsts[owner]
+    wanted = torch.zeros(len(probs), int(counts.max()) if len(owner) else 0, dtype=torch.float64, device=rows.device)
+    wanted[owner, place] = uniform.flatten()[order]  # the draws of each row, side by side
+    found = torch.empty(wanted.shape, dtype=torch.int64, device=rows.device)
+    step = max(1, _SUM_ELEMENTS // probs.shape[-1])
+    for first in range(0, len(probs), step):
+        some = slice(first, first + step)
+        cumulative = probs[some].double().cumsum(-1)
+        mass = cumulative[:, -1:] if total is None else total[some, None].double()
+        found[some] = torch.searchsorted(cumulative, wanted[some] * mass, right=True)
+    tokens = torch.empty_like(order)
+    tokens[order] = found[owner, place]
+    behind = (tokens >= probs.shape[-1]).nonzero()[:, 0]
     if total is not None:
-        return torch.where(token < last, token, -1).view(rows.shape)
-    # Rounding may put the threshold on the sum itself; the last token that has a probability is meant then.
-    highest = (probs > 0).int().cumsum(-1).argmax(-1)
-    return torch.minimum(token, highest[rows.reshape(-1)]).view(rows.shape)
+        tokens[behind] = -1
+    elif len(behind):  # rounding put the threshold on the sum itself: the last token that has a probability is meant
+        positive = probs[rows.flatten()[behind]] > 0
+        tokens[behind] = probs.shape[-1] - 1 - positive.flip(-1).int().argmax(-1)
+    return tokens.view(rows.shape)

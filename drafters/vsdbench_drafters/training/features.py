@@ -20,13 +20,13 @@ from torch import Tensor
 
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.models.branching import Branches, branch_states
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vsdbench.models.target import Target
-    from vsdbench_drafters.objectives.paths import BranchingTarget
 
 _PASS_TOKENS = 2048  # tokens of one target forward
 
@@ -199,7 +199,7 @@ class BatchMaker:
     source: FeatureSource
     head: Tensor
     drafter: DraftModel
-    target: BranchingTarget | None = None
+    target: Target | None = None
     num_forwards: int = 0
     _draft_head: Tensor | None = field(default=None, repr=False)
     _table: Tensor | None = field(default=None, repr=False)
@@ -222,16 +222,16 @@ class BatchMaker:
         prompt_lens = [sequence.prompt_len for sequence in chosen]
         batch = DraftBatch.pack(ids, prompt_lens, states, seed=seed)
         rows = states[batch.slots + 1, 3 * width :]
-        return batch, TargetView(rows, self._draft_head, self._table, self.head, self.target and self)
+        return batch, TargetView(rows, self._draft_head, self._table, self.head, None if self.target is None else self)
 
     # A view asks the target through its maker, which counts (protocol ``BranchingTarget``).
 
-    def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    def branch_states(self, first: int, prefix: Tensor, branches: Branches) -> Tensor:  # noqa: ARG002 - the protocol's
         """Ask the target about drafted tokens."""
         if self.target is None:
             raise ConfigError("this objective asks the target about drafted tokens, and has none to ask.")
         self.num_forwards += 1
-        return self.target.branch_states(ids, positions, visible)
+        return branch_states(self.target, prefix, branches)
 
 
 def plan_batches(num_rows: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:

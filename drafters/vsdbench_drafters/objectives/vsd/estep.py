@@ -127,19 +127,23 @@ def _correct(  # noqa: PLR0917 - one step of ``judge``
     """
     rejected = num_accepted < paths.lengths
     last = num_accepted.clamp(max=paths.tokens.shape[-1] - 1)[..., None]
-    rows = trie.rows.gather(-1, last)[..., 0]
+    rows = trie.rows.gather(-1, last)[..., 0][rejected]
+    correction = torch.full_like(num_accepted, -1)
     if model == "greedy":
-        return torch.where(rejected, scores.choices[rows], -1)
-    outside = (1 - scores.target.double().sum(-1)).clamp(min=0)
-    if model == "sampled":
-        residual = (scores.target - scores.draft).clamp(min=0)
-        total = residual.double().sum(-1) + outside
-        return torch.where(rejected, draw(residual, rows, uniform, total), -1)
-    flat = rows.flatten()
-    others = scores.target[flat].scatter(-1, paths.tokens.gather(-1, last).view(-1, 1), 0.0)
-    total = others.double().sum(-1) + outside[flat]
-    drawn = draw(others, torch.arange(len(flat), device=flat.device), uniform.flatten(), total)
-    return torch.where(rejected, drawn.view(rows.shape), -1)
+        correction[rejected] = scores.choices[rows]
+        return correction
+    if model == "sampled":  # paths that are rejected in one context share the residual there
+        rows, own = torch.unique(rows, return_inverse=True)
+        target = scores.target[rows]
+        others = (target - scores.draft[rows]).clamp_(min=0)
+    else:
+        own = torch.arange(len(rows), device=rows.device)
+        target = scores.target[rows]
+        others = target.scatter(-1, paths.tokens.gather(-1, last)[..., 0][rejected][:, None], 0.0)
+    outside = (1 - target.sum(-1, dtype=torch.float64)).clamp(min=0)
+    total = others.sum(-1, dtype=torch.float64) + outside
+    correction[rejected] = draw(others, own, uniform[rejected], total)
+    return correction
 
 
 def _weigh(settings: EStepSettings, log_weights: Tensor, paths: Paths, generator: torch.Generator) -> Tensor:
