@@ -99,7 +99,7 @@ def test_no_text_overlaps_other_text(make_run, num_drafters):
 
 def test_methods_look_different_beyond_the_number_of_colours():
     names = [f"m{i}" for i in range(12)]
-    looks = figures._styles({"results": [{"drafter": name} for name in names]})
+    looks = figures.looks({"results": [{"drafter": name} for name in names]})
     assert len({(look["color"], look["hatch"]) for look in looks.values()}) == 12
     assert len({(look["color"], look["marker"], look["dashes"]) for look in looks.values()}) == 12
     assert len({look["hatch"] for look in list(looks.values())[:8]}) == 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,41 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "+++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 DPI = 200
-_WIDTH_IN, _HEIGHT_IN = 6.5, 3.2
+_METADATA: dict[str, dict[str, None]] = {
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+_SMALL_TYPE = {
+    "font.size": 7.0, "axes.labelsize": 7.0, "axes.titlesize": 7.0, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5, "legend.title_fontsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5, "hatch.linewidth": 0.4,
+    "axes.labelpad": 3.0, "xtick.major.pad": 2.5, "ytick.major.pad": 2.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The size of a figure, in inches, and what that does to its type.
+
+    Attributes:
+        width_in: Of figures with panels.
+        height_in: With one row in the legend.
+        bars_in: Least and most width of bars, which need as much as there are of them.
+        letter_in: Mean width of a letter in the legend.
+        rc: rcParams beside those of ``style``.
+    """
+
+    width_in: float = 6.5
+    height_in: float = 3.2
+    bars_in: tuple[float, float] = (3.4, 12.0)
+    letter_in: float = 0.075
+    rc: dict[str, Any] = field(default_factory=dict)
+
+
+SCREEN = Layout()
+COLUMN = Layout(width_in=3.3, height_in=2.15, bars_in=(3.3, 3.3), letter_in=0.052, rc=_SMALL_TYPE)
+PAGE = Layout(width_in=6.9, height_in=2.2, bars_in=(6.9, 6.9), letter_in=0.052, rc=_SMALL_TYPE)
 
 
 def style() -> dict[str, Any]:
@@ -45,9 +80,9 @@ def style() -> dict[str, Any]:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
-    """Hold matplotlib's parameters at ``style()``."""
-    rc: Any = style()  # matplotlib types the keys one by one
+def styled(layout: Layout = SCREEN) -> Iterator[None]:
+    """Hold matplotlib's parameters at ``style()`` and what the layout adds."""
+    rc: Any = style() | layout.rc  # matplotlib types the keys one by one
     with rc_context(rc):
         yield
 
@@ -60,7 +95,7 @@ def write_figures(summary: Summary, directory: Path) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    with _styled():
+    with styled():
         overall = [row for row in summary["results"] if row["category"] is None]
         if any(row["speedup"] is not None for row in overall):
             written += save(speedup_figure(summary), directory / "speedup")
@@ -74,37 +109,44 @@ def write_figures(summary: Summary, directory: Path) -> list[Path]:
     return written
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write ``stem.svg`` and ``stem.png`` without dates or versions in them, and return both paths."""
-    svg, png = stem.with_name(stem.name + ".svg"), stem.with_name(stem.name + ".png")
-    with _styled():
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-    return [svg, png]
+def save(figure: Figure, stem: Path, kinds: Sequence[str] = ("svg", "png"), layout: Layout = SCREEN) -> list[Path]:
+    """Write ``stem.svg`` and so on without dates or versions in them, and return the paths.
+
+    Args:
+        figure: Made under the same layout.
+        stem: Path without a suffix.
+        kinds: Of ``svg``, ``png`` and ``pdf``.
+        layout: Some parameters, such as the width of hatches, are read only now.
+    """
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
+    with styled(layout):
+        for path, kind in zip(paths, kinds, strict=True):
+            figure.savefig(path, format=kind, dpi=DPI, metadata=_METADATA[kind])
+    return paths
 
 
-def speedup_figure(summary: Summary) -> Figure:
+def speedup_figure(summary: Summary, layout: Layout = SCREEN) -> Figure:
     """Return bars of the headline speedup, a group a mode, a bar a method, with intervals and a line at 1."""
     rows = [row for row in summary["results"] if row["category"] is None]
-    return _bars(summary, rows, [(_mode_label(*mode), mode) for mode in _modes(rows)], key=("mode", "temperature"))
+    groups = [(mode_label(*mode), mode) for mode in _modes(rows)]
+    return _bars(summary, rows, groups, key=("mode", "temperature"), layout=layout)
 
 
-def category_figure(summary: Summary, *, mode: str, temperature: float) -> Figure:
+def category_figure(summary: Summary, *, mode: str, temperature: float, layout: Layout = SCREEN) -> Figure:
     """Return bars of the headline speedup of one mode, a group a category (all prompts first), a bar a method."""
     rows = [row for row in summary["results"] if (row["mode"], row["temperature"]) == (mode, temperature)]
     categories = list(dict.fromkeys(row["category"] for row in rows))
     groups = [("all" if category is None else category, (category,)) for category in categories]
-    return _bars(summary, rows, groups, key=("category",), title=_mode_label(mode, temperature))
+    return _bars(summary, rows, groups, key=("category",), title=mode_label(mode, temperature), layout=layout)
 
 
-def acceptance_figure(summary: Summary) -> Figure:
+def acceptance_figure(summary: Summary, layout: Layout = SCREEN) -> Figure:
     """Return the acceptance rate at each depth of the draft, a line a method, a panel a mode."""
     rows = [row for row in summary["results"] if row["category"] is None and row["acceptance_by_depth"]]
-    modes, styles = _modes(rows), _styles(summary)
-    with _styled():
-        figure = _figure(
-            _WIDTH_IN * min(1.0, 0.3 + 0.35 * len(modes)), list(dict.fromkeys(row["drafter"] for row in rows))
-        )
+    modes, styles = _modes(rows), looks(summary)
+    width_in = layout.width_in if layout.rc else layout.width_in * min(1.0, 0.3 + 0.35 * len(modes))
+    with styled(layout):
+        figure = empty(width_in, list(dict.fromkeys(row["drafter"] for row in rows)), layout)
         panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
         for axes, mode in zip(panels, modes, strict=True):
             for row in rows:
@@ -115,14 +157,15 @@ def acceptance_figure(summary: Summary) -> Figure:
                 axes.plot(
                     *zip(*points, strict=True),
                     color=look["color"], marker=look["marker"], linestyle=look["dashes"], label=row["drafter"],
-                    linewidth=1.4, markersize=5, markeredgecolor="white", markeredgewidth=0.5, clip_on=False,
+                    linewidth=1.4 if layout is SCREEN else 1.0, markersize=5 if layout is SCREEN else 4,
+                    markeredgecolor="white", markeredgewidth=0.5, clip_on=False,
                 )  # fmt: skip
             deepest = max(len(row["acceptance_by_depth"]) for row in rows)
-            axes.set(title=_mode_label(*mode), xlabel="depth in the draft", xticks=range(1, deepest + 1))
+            axes.set(title=mode_label(*mode), xlabel="depth in the draft", xticks=range(1, deepest + 1))
             axes.set(xlim=(0.7, deepest + 0.3), ylim=(0, 1))
             axes.grid(axis="y", color="0.9", linewidth=0.6)
         panels[0].set_ylabel("kept / reached")
-        _legend(figure, panels)
+        legend(figure, panels, layout)
     return figure
 
 
@@ -133,17 +176,19 @@ def _bars(
     *,
     key: tuple[str, ...],
     title: str = "",
+    layout: Layout = SCREEN,
 ) -> Figure:
     """Return grouped bars; ``groups`` are (label, values of ``key``)."""
-    styles = _styles(summary)
+    styles = looks(summary)
     drafters = [name for name in styles if any(row["drafter"] == name for row in rows)]
     width = min(0.35, 0.8 / len(drafters))
     found = {(row["drafter"], *(row[name] for name in key)): row for row in rows}
-    width_in = min(12.0, max(3.4, 1.6 + 0.42 * len(groups) * len(drafters)))
+    least, most = layout.bars_in
+    width_in = min(most, max(least, 1.6 + 0.42 * len(groups) * len(drafters)))
     group_in = (width_in - 0.8) / len(groups)
-    upright = group_in * width > 0.3  # else four digits are wider than their bar
-    with _styled():
-        figure = _figure(width_in, drafters)
+    upright = group_in * width > 4 * layout.letter_in  # else four digits are wider than their bar
+    with styled(layout):
+        figure = empty(width_in, drafters, layout)
         axes = figure.subplots()
         for index, drafter in enumerate(drafters):
             for position, (_, values) in enumerate(groups):
@@ -152,13 +197,13 @@ def _bars(
                     x = position + (index - (len(drafters) - 1) / 2) * width
                     _bar(axes, x, 0.9 * width, row, styles[drafter], upright=upright)
         axes.axhline(1.0, color="0.25", linewidth=0.9, linestyle=(0, (4, 2)), zorder=3.5)
-        crowded = max(len(label) for label, _ in groups) * 0.075 > group_in
+        crowded = max(len(label) for label, _ in groups) * layout.letter_in > group_in
         slant: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
         axes.set_xticks(range(len(groups)), [label for label, _ in groups], **slant)
         axes.set(ylabel=_speedup_label(rows), title=title, xlim=(-0.55, len(groups) - 0.45))
         axes.set_ylim(0, max(axes.dataLim.y1, 1.0) * (1.12 if upright else 1.25))  # room for the numbers
         axes.tick_params(axis="x", length=0)
-        _legend(figure, [axes])
+        legend(figure, [axes], layout)
     return figure
 
 
@@ -180,15 +225,16 @@ def _bar(axes: Axes, x: float, width: float, row: dict[str, Any], look: dict[str
     )  # fmt: skip
 
 
-def _figure(width_in: float, labels: Sequence[str]) -> Figure:
+def empty(width_in: float, labels: Sequence[str], layout: Layout) -> Figure:
     """Return an empty figure, taller by what a legend of several rows needs."""
-    rows = math.ceil(len(labels) / _legend_columns(width_in, labels))
-    figure = Figure(figsize=(width_in, _HEIGHT_IN + 0.2 * (rows - 1)), layout="constrained")
+    rows = math.ceil(len(labels) / _legend_columns(width_in, labels, layout)) if labels else 1
+    height_in = layout.height_in + 2.7 * layout.letter_in * (rows - 1)
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+def legend(figure: Figure, panels: Sequence[Axes], layout: Layout) -> None:
     """Put one legend above the panels, an entry a method, in rows that fit the width."""
     entries: dict[str, Any] = {}
     for axes in panels:
@@ -196,37 +242,42 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
             entries.setdefault(label, handle)
     figure.legend(
         list(entries.values()), list(entries), loc="outside upper center",
-        ncols=_legend_columns(figure.get_figwidth(), list(entries)),
+        ncols=_legend_columns(figure.get_figwidth(), list(entries), layout),
         frameon=False, handlelength=2.6, columnspacing=1.4,
     )  # fmt: skip
 
 
-def _legend_columns(width_in: float, labels: Sequence[str]) -> int:
+def _legend_columns(width_in: float, labels: Sequence[str], layout: Layout) -> int:
     longest = max(len(label) for label in labels)
-    return min(len(labels), max(1, int(width_in / (0.6 + 0.075 * longest))))
+    return min(len(labels), max(1, int(width_in / ((8 + longest) * layout.letter_in))))
 
 
-def _styles(summary: Summary) -> dict[str, dict[str, Any]]:
+def looks(summary: Summary) -> dict[str, dict[str, Any]]:
     """Return colour, hatch, marker and dashes by drafter, the same in every figure of the summary."""
     names = list(dict.fromkeys(row["drafter"] for row in summary["results"]))
-    looks: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(names):
         turn = index // len(OKABE_ITO)  # a ninth method has a first's colour, but neither its hatch nor its marker
         other = (index + turn) % len(HATCHES)
-        looks[name] = {
+        found[name] = {
             "color": OKABE_ITO[index % len(OKABE_ITO)],
             "hatch": HATCHES[other],
             "marker": MARKERS[other],
             "dashes": DASHES[other],
         }
-    return looks
+    return found
 
 
 def _modes(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
     return list(dict.fromkeys((row["mode"], row["temperature"]) for row in rows))
 
 
-def _mode_label(mode: str, temperature: float) -> str:
+def mode_label(mode: str, temperature: float) -> str:
+    """Return how a mode is called in titles.
+
+    >>> mode_label("greedy", 0.0)
+    'greedy (T = 0)'
+    """
     return "greedy (T = 0)" if mode == "greedy" else f"{mode} (T = {temperature:g})"
 
 

@@ -1,0 +1,269 @@
+"""The parts of a report that say how far to trust it: losslessness, misalignment, limitations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vsdbench.report import plots
+from vsdbench.report.about import RECONSTRUCTED, objectives
+from vsdbench.report.facts import Run, detectable_pct, gaps, merged
+from vsdbench.report.model import (
+    Block,
+    Bullets,
+    Cell,
+    Picture,
+    Section,
+    Table,
+    count,
+    estimate,
+    fixed,
+    listed,
+    named,
+    number,
+    percent,
+    words,
+)  # fmt: skip
+
+_FEW_PROMPTS = 30
+_SMALL_TARGET_TOKENS = 256
+
+
+# --- losslessness --------------------------------------------------------------------------------------------------
+
+
+def losslessness(runs: Sequence[Run]) -> Section | None:
+    """Return how many answers are the baseline's own, and how large the gaps are where they part."""
+    if not any(run.lossless["checked"] for run in runs):
+        return None
+    table = _lossless_table(runs)
+    text = (
+        "Every answer is compared with the baseline's, token by token: greedily, and at temperature above 0 under the "
+        "rule `coupled`, whose draws depend on the seed and the position alone. Where an answer departs, the common "
+        "prefix is replayed. If the two candidates are within what rounding explains it is a near-tie, otherwise a "
+        f"violation. {' '.join(lossless_words(run) for run in runs)} [[table:lossless]] has the counts. After a "
+        "near-tie the answers go on from different texts, so one tie makes the whole answer differ."
+    )
+    return Section("Losslessness", (text, table))
+
+
+def lossless_words(run: Run) -> str:
+    """Return the counts of a run in a sentence."""
+    counts = run.lossless
+    if not counts["checked"]:
+        return ""
+    where = f"In run {run.label}, of" if run.label else "Of"
+    alike = counts["near_tie"] + counts["violations"] == 0
+    if alike:
+        return f"{where} {_count(counts['checked'])} answers compared, all equal the baseline's to the last token."
+    violations = (
+        "none is a violation" if counts["violations"] == 0 else f"{_count(counts['violations'])} are violations"
+    )
+    return (
+        f"{where} {_count(counts['checked'])} answers that were compared, {_count(counts['equal'])} equal the "
+        "baseline's to "
+        f"the last token, {_count(counts['near_tie'])} part from it at a near-tie of the target's own logits, and "
+        f"{violations}."
+    )
+
+
+def _count(value: int) -> str:
+    return count(value).text
+
+
+def _lossless_table(runs: Sequence[Run]) -> Table:
+    rows = []
+    for run in runs:
+        for row in run.view["results"]:
+            if row["category"] is not None or not row["lossless"]["checked"]:
+                continue
+            records = run.of((row["mode"], row["temperature"]))[0]
+            found = gaps(records[records["method"].isin(row.get("members", [row["drafter"]]))])
+            counts = row["lossless"]
+            rows.append((
+                words(f"{row['drafter']}{f' [{run.label}]' if run.label else ''}"), words(f"{row['temperature']:g}"),
+                *(count(counts[name]) for name in ("checked", "equal", "near_tie", "violations")),
+                *((number(found[len(found) // 2], 3), number(found[-1], 3)) if found else [words(None)] * 2),
+            ))  # fmt: skip
+    return Table(
+        name="lossless",
+        title="Answers compared with the baseline's",
+        columns=("drafter", "T", "compared", "equal", "near-tie", "violation", "median gap", "largest gap"),
+        rows=tuple(rows),
+        note="Gap: the logit of the baseline's token minus that of the other, at the first near-tie, absolute.",
+    )
+
+
+# --- misalignment --------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    ("greedy_pruned_share", "greedy pruned, %"),
+    ("accepted_is_greedy_share", "accepted is greedy, %"),
+    ("greedy_path_length", "greedy path"),
+    ("tree_path_length", "tree path"),
+    ("brier", "Brier"),
+    ("nodes_for_95", "nodes for 95 %"),
+)
+
+
+def misalignment(runs: Sequence[Run]) -> Section | None:
+    """Return what training sees against what decoding keeps, where the run recorded it."""
+    rows = [r for r in merged(runs)["results"] if r["category"] is None and r.get("diagnostics")]
+    if not rows:
+        return None
+    table = Table(
+        name="misalignment",
+        title="Drafting against decoding",
+        columns=("drafter", "T", *(title for _, title in _COLUMNS)),
+        rows=tuple(
+            (
+                words(row["drafter"]), words(f"{row['temperature']:g}"),
+                *(_diagnostic(row["diagnostics"], name) for name, _ in _COLUMNS),
+            )
+            for row in rows
+        ),
+        note="Shares of steps whose drafter-greedy path is not in the tree, and whose accepted path is that path; mean "
+        "lengths of the accepted part along the greedy path and in the tree; Brier score of the drafter's confidence "
+        "against being kept; tree nodes, by confidence, that hold 95 % of what is accepted.",
+        wide=True,
+    )  # fmt: skip
+    text = (
+        "A drafter is trained along one path, but decoding keeps whatever branch of the tree the target agrees with. "
+        "[[table:misalignment]] measures that gap: how often the path the drafter itself prefers is the accepted "
+        "one, and how well its confidence, by which trees are pruned, says what will be kept."
+    )
+    blocks: list[Block] = [text, table]
+    mode = (rows[0]["mode"], rows[0]["temperature"])
+    bins = {
+        row["drafter"]: row["diagnostics"]["calibration"]
+        for row in rows
+        if row["diagnostics"].get("calibration") and (row["mode"], row["temperature"]) == mode
+    }
+    if bins:
+        blocks.append(
+            Picture(
+                name="calibration",
+                title="Calibration of the drafters' confidence",
+                note="Share of draft tokens kept, over the drafter's own confidence; on the dashed line the two agree.",
+                alt="Lines of the share of draft tokens kept over the draft confidence, with the diagonal.",
+                figure=plots.calibration_figure(bins, merged(runs)),
+            )
+        )
+    return Section("Misalignment of drafting and decoding", tuple(blocks))
+
+
+def _diagnostic(found: dict[str, float | None], name: str) -> Cell:
+    value = found.get(name)
+    if name.endswith("_share"):
+        return percent(value, 1)
+    return estimate(value, None, 3 if name == "brier" else 0 if name == "nodes_for_95" else 2)
+
+
+# --- limitations ---------------------------------------------------------------------------------------------------
+
+
+def limitations(runs: Sequence[Run]) -> Section:
+    """Return what these runs cannot say, from their own facts."""
+    by_run = {run.label: _of_run(run) for run in runs}
+    common = [text for text in by_run[runs[0].label] if all(text in found for found in by_run.values())]
+    items = [f"**Run {label}.** {text}" if label else text for label, found in by_run.items() for text in found
+             if not (label and text in common)]  # fmt: skip
+    items += common if len(runs) > 1 else []
+    names = [named(name) for name in RECONSTRUCTED if name in objectives(runs)]
+    if names:
+        items.append(
+            f"**Reconstruction.** {listed(names)} {'is' if len(names) == 1 else 'are'} implemented from what is "
+            "public; a "
+            "result says nothing about the authors' own code."
+        )
+    return Section("Limitations", (Bullets(tuple(items)),))
+
+
+def _of_run(run: Run) -> list[str]:
+    items = [_sample(run), _clock(run), _seeds(run), _scale(run)]
+    if run.manifest.get("status") not in {None, "complete"}:
+        items.append("**Unfinished.** The run was stopped before its end; drafters are compared on what both decoded.")
+    git = (run.manifest.get("machine") or {}).get("git") or {}
+    if git.get("dirty"):
+        items.append("**Commit.** The working copy had changes that no commit holds.")
+    return [item for item in items if item]
+
+
+def _sample(run: Run) -> str:
+    n = run.summary["num_prompts"]
+    effects = {
+        mode: effect
+        for (mode, measure), leader in run.leaders.items()
+        if measure == "speedup" and (effect := detectable_pct(run, leader, mode)) is not None
+    }
+    few = f" Fewer than {_FEW_PROMPTS} prompts make a bootstrap interval itself uncertain." if n < _FEW_PROMPTS else ""
+    if not effects:
+        return f"**Sample.** {n} prompts.{few}"
+    said = listed([f"{fixed(effect, 1)} % at T = {mode[1]:g}" for mode, effect in effects.items()])
+    return (
+        f"**Sample.** {n} prompts. Between the two fastest drafters a difference of speed of {said} is the "
+        "smallest that "
+        f"such a run would find four times in five; smaller ones may be there.{few}"
+    )
+
+
+def _clock(run: Run) -> str:
+    machine = run.manifest.get("machine") or {}
+    load = (machine.get("cpu") or {}).get("load_average")
+    busy = f" Its load average before the run was {fixed(load[0], 1)}." if load else ""
+    return f"**One machine.** All times are of one machine.{busy} {control_words(run)}"
+
+
+def control_words(run: Run, where: str = "") -> str:
+    """Return what the A/A controls say, or that there are none.
+
+    Args:
+        run: With or without repeats.
+        where: Beginning of the sentence.
+    """
+    text = _control_words(run)
+    return where + text[0].lower() + text[1:] if where else text
+
+
+def _control_words(run: Run) -> str:
+    if not run.control:
+        return "No baseline was measured twice, so nothing says how noisy the clock is."
+    bad = [name for name, holds in run.control.items() if not holds]
+    if bad:
+        return (
+            f"The control interval of {listed([named(name) for name in bad])}, measured against itself, leaves out "
+            "1: the "
+            "machine was too noisy for speeds to be trusted."
+        )
+    return "Each baseline measured against itself gives 1 within its interval, so the clock can be trusted."
+
+
+def _seeds(run: Run) -> str:
+    if run.analysis is not None:
+        seeds = {s if isinstance(s := arm.get("seeds"), int) else len(s or []) for arm in run.analysis["arms"]} - {0}
+        if seeds and max(seeds) >= 3:
+            return (
+                f"**Seeds.** {max(seeds)} training seeds an arm; the spread between seeds is part of every "
+                "interval, and is "
+                "itself known from that many only."
+            )
+    trained = [name for name, method in run.methods.items() if (method.get("training") or {}).get("tokens")]
+    if not trained:
+        return ""
+    return (
+        "**Seeds.** Each drafter was trained with one seed. The intervals are over prompts, so they say which of these "
+        "drafters is better, not which way of training is."
+    )
+
+
+def _scale(run: Run) -> str:
+    limit = int(run.frames[0]["max_new_tokens"].max())
+    short = (
+        f" Answers stop at {limit} tokens; longer ones repeat themselves more and may favour other drafters."
+        if limit < _SMALL_TARGET_TOKENS
+        else ""
+    )
+    return (
+        f"**Scale.** One target, {named(run.summary['target'])}, at batch size 1.{short} What pays here need not "
+        "pay on "
+        "a larger model, another device or a busy server."
+    )

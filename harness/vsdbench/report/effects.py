@@ -1,0 +1,273 @@
+"""The parts of a report that compare: arms of an ablation with their reference, and runs with the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vsdbench.bench.paired import Difference, mean_difference, speed_log_ratios, tau_difference
+from vsdbench.report.facts import Mode, Run, same_prompts
+from vsdbench.report.figures import mode_label
+from vsdbench.report.model import (
+    MISSING,
+    Block,
+    Cell,
+    Picture,
+    Section,
+    Table,
+    change,
+    count,
+    estimate,
+    fixed,
+    listed,
+    named,
+    words,
+)  # fmt: skip
+from vsdbench.report.plots import Effect, forest_figure
+
+ALPHA = 0.05
+
+
+# --- ablation ------------------------------------------------------------------------------------------------------
+
+
+def ablation(runs: Sequence[Run]) -> list[Section]:
+    """Return a section for every run that is an ablation: text, table, a forest plot a mode."""
+    return [_ablation(run) for run in runs if run.analysis is not None]
+
+
+def _ablation(run: Run) -> Section:
+    analysis = run.analysis or {}
+    suffix = f"-{run.label.lower()}" if run.label else ""
+    pictures = [_forest(mode, analysis["reference"], suffix, index) for index, mode in enumerate(analysis["modes"])]
+    drawn = [picture for picture in pictures if picture is not None]
+    where = f" and [[figure:{drawn[0].name}]]" if drawn else ""
+    text = (
+        f"Every arm starts from the same drafter and sees the same data in the same order; an arm differs from "
+        f"{named(analysis['reference'])} in the part that is named. A change is the arm's relative to the "
+        "reference, so "
+        "a part whose removal lowers τ is worth that much. Intervals are paired, over training seeds and prompts "
+        "as two levels; p-values are Holm-adjusted over arms [[cite:holm]]. "
+        f"[[table:ablation{suffix}]]{where} have all of them. {' '.join(findings(analysis))}"
+    )
+    return Section("Ablation" + (f", run {run.label}" if run.label else ""), (text, _table(analysis, suffix), *drawn))
+
+
+def findings(analysis: Mapping[str, Any]) -> list[str]:
+    """Return in plain words which parts pay: what is established after Holm's adjustment, and what is not."""
+    arms = [arm for arm in analysis["arms"] if arm["name"] != analysis["reference"] and not arm.get("control")]
+    sure = [arm for arm in arms if _certain(arm["p_tau_holm"])]
+    said = [
+        f"{named(arm['name'])} changes τ by {_with_interval(arm['delta_tau_pct'], arm['delta_tau_ci'])}: "
+        + ("the part pays." if arm["delta_tau_pct"] < 0 else "without it drafts are accepted further.")
+        for arm in sure
+    ]
+    rest = [named(arm["name"]) for arm in arms if arm not in sure]
+    if rest:
+        said.append(f"Of {listed(rest)} no change of τ is established.")
+    controls = [arm for arm in analysis["arms"] if arm.get("control") and arm["delta_tau_pct"] is not None]
+    said += [
+        f"The control {named(arm['name'])} differs by {_with_interval(arm['delta_tau_pct'], arm['delta_tau_ci'])} from "
+        f"{named(analysis['reference'])}{'' if _certain(arm['p_tau_holm']) else ', which is not established'}."
+        for arm in controls
+    ]
+    return said
+
+
+def _table(analysis: Mapping[str, Any], suffix: str) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    rules: list[int] = []
+    for mode in analysis["modes"]:
+        rules += [len(rows)] if rows else []
+        rows += [_row(arm, mode, analysis["reference"]) for arm in mode["arms"]]
+    return Table(
+        name=f"ablation{suffix}",
+        title=f"Arms against {named(analysis['reference'])}",
+        columns=("arm", "off or changed", "T", "seeds", "τ", "change of τ, %", "p", "change of speed, %", "p ",
+                 "tokens", "target forwards", "seconds"),
+        rows=tuple(rows),
+        note="Brackets: 95 % intervals, paired, over training seeds and prompts. p: Holm-adjusted over the arms of a "
+        "temperature; bold where it is below 0.05. Budget of one seed: trained tokens, target forwards, seconds.",
+        num_left=2,
+        rules=tuple(rules),
+        wide=True,
+    )  # fmt: skip
+
+
+def _row(arm: Mapping[str, Any], mode: Mapping[str, Any], reference: str) -> tuple[Cell, ...]:
+    budget = arm.get("budget") or {}
+    seeds = arm.get("seeds")
+    num_seeds = seeds if isinstance(seeds, int) else len(seeds or [])
+    is_reference = arm["name"] == reference
+    off = ", ".join(arm.get("disabled") or []) or ("control" if arm.get("control") else MISSING)
+    wall = budget.get("wall_s")
+    return (
+        words(arm["name"]),
+        words(off),
+        words(f"{mode['temperature']:g}"),
+        count(num_seeds or None),
+        estimate(arm["tau"], arm.get("tau_ci")),
+        *_change_and_p(arm, "tau", is_reference=is_reference),
+        *_change_and_p(arm, "speedup", is_reference=is_reference),
+        count(_whole(budget.get("tokens"))),
+        count(_whole(budget.get("target_forwards"))),
+        count(_whole(wall)),
+    )
+
+
+def _change_and_p(arm: Mapping[str, Any], measure: str, *, is_reference: bool) -> tuple[Cell, Cell]:
+    if is_reference:
+        return words(None), words(None)
+    p = arm.get(f"p_{measure}_holm")
+    cell = change(arm.get(f"delta_{measure}_pct"), arm.get(f"delta_{measure}_ci"), strong=_certain(p))
+    return cell, p_cell(p)
+
+
+def p_cell(p: float | None) -> Cell:
+    """Return a p-value with as many digits as it deserves."""
+    if p is None:
+        return words(None)
+    return Cell(text="<0.001" if p < 0.001 else fixed(p, 3), number=p)
+
+
+def _forest(mode: Mapping[str, Any], reference: str, suffix: str, index: int) -> Picture | None:
+    panels = {
+        label: [
+            Effect(
+                name=arm["name"],
+                value=arm[f"delta_{measure}_pct"],
+                interval=arm.get(f"delta_{measure}_ci"),
+                certain=_certain(arm.get(f"p_{measure}_holm")),
+            )
+            for arm in mode["arms"]
+            if arm["name"] != reference and arm.get(f"delta_{measure}_pct") is not None
+        ]
+        for label, measure in (("τ", "tau"), ("speed", "speedup"))
+    }
+    panels = {label: effects for label, effects in panels.items() if effects}
+    if not panels:
+        return None
+    return Picture(
+        name=f"forest{suffix}" + (f"-{index + 1}" if index else ""),
+        title=f"Arms against the reference, {mode_label(mode['mode'], mode['temperature'])}",
+        note="Changes with paired 95 % intervals over training seeds and prompts; filled where the Holm-adjusted p is "
+        "below 0.05.",
+        alt="Forest plot: a row an arm, its change of accepted length and of speed with intervals around zero.",
+        figure=forest_figure(panels),
+    )
+
+
+def _certain(p: float | None) -> bool:
+    return p is not None and p < ALPHA
+
+
+def _with_interval(value: float, interval: Sequence[float] | None) -> str:
+    ends = "" if interval is None else f" ({fixed(interval[0], 1)} to {fixed(interval[1], 1)})"
+    return f"{fixed(value, 1)} %{ends}"
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def comparison(runs: Sequence[Run]) -> Section | None:
+    """Return how drafters of the same name differ between each run and the first, on the prompts of both."""
+    if len(runs) < 2:
+        return None
+    pairs = [(run, mode, name) for run in runs[1:] if same_prompts(runs[0], run)
+             for mode in run.modes if mode in runs[0].modes
+             for name in _names(run, mode) if name in _names(runs[0], mode)]  # fmt: skip
+    other = [run.label for run in runs[1:] if not same_prompts(runs[0], run)]
+    apart = (
+        f" Run{'s' if len(other) > 1 else ''} {listed(other)} decoded other prompts, so nothing is paired."
+        if other
+        else ""
+    )
+    if not pairs:
+        return Section("Comparison of the runs", (
+            "No drafter was measured on the same prompts in two of the runs; the tables set them side by side, and "
+            f"the difference between their rows has no paired interval.{apart}",
+        ))  # fmt: skip
+    differences = [(run, mode, name, *_differences(runs[0], run, mode, name)) for run, mode, name in pairs]
+    text = (
+        f"[[table:comparison]] holds drafters of the same name against run {runs[0].label}, paired by prompt. "
+        "Speed is compared through each run's own baseline, prompt by prompt, since two runs do not share the state "
+        f"of the machine; τ needs no such care.{apart} {' '.join(_said(*difference) for difference in differences)}"
+    )
+    blocks: list[Block] = [text, _comparison_table(differences, runs[0].label)]
+    panels = {
+        label: [
+            Effect(
+                name=f"{name} [{run.label}], T = {mode[1]:g}", value=d.change_pct, interval=d.ci_pct, certain=_sure(d)
+            )
+            for run, mode, name, *both in differences
+            if (d := both[index]) is not None and d.change_pct is not None
+        ]
+        for index, label in enumerate(("τ", "speedup"))
+    }
+    if all(panels.values()):
+        blocks.append(
+            Picture(
+                name="comparison",
+                title=f"Change against run {runs[0].label}",
+                note="With paired 95 % intervals over prompts; filled where the interval leaves out 0.",
+                alt="Forest plot of the change of accepted length and of speedup between runs.",
+                figure=forest_figure(panels),
+            )
+        )
+    return Section("Comparison of the runs", tuple(blocks))
+
+
+def _names(run: Run, mode: Mode) -> list[str]:
+    return [row["drafter"] for row in run.in_mode(mode)]
+
+
+def _differences(first: Run, run: Run, mode: Mode, name: str) -> tuple[Difference, Difference | None]:
+    tau = tau_difference([run.of(mode, method=name)], [first.of(mode, method=name)])
+    baselines = [next(r["speedup_baseline"] for r in which.in_mode(mode)) for which in (first, run)]
+    if None in baselines or baselines[0] != baselines[1]:
+        return tau, None
+    before, after = (
+        speed_log_ratios(which.of(mode, method=name)[0], which.of(mode, method=baselines[0])[0])
+        for which in (first, run)
+    )
+    return tau, mean_difference([(after - before).dropna()])
+
+
+def _sure(difference: Difference | None) -> bool:
+    return difference is not None and difference.p_value is not None and difference.p_value < ALPHA
+
+
+def _said(run: Run, mode: Mode, name: str, tau: Difference, _speedup: Difference | None) -> str:
+    if tau.change_pct is None:
+        return ""
+    sure = "" if _sure(tau) else ", which is not established"
+    return (
+        f"In run {run.label} τ of {named(name)} at T = {mode[1]:g} differs by "
+        f"{_with_interval(tau.change_pct, tau.ci_pct)}{sure}."
+    )
+
+
+def _comparison_table(
+    differences: Sequence[tuple[Run, Mode, str, Difference, Difference | None]], reference: str
+) -> Table:
+    return Table(
+        name="comparison",
+        title=f"Drafters of the same name, against run {reference}",
+        columns=("drafter", "run", "T", "change of τ, %", "p", "change of speedup, %", "p "),
+        rows=tuple(
+            (
+                words(name), words(run.label), words(f"{mode[1]:g}"),
+                change(tau.change_pct, tau.ci_pct, strong=_sure(tau)), p_cell(tau.p_value),
+                change(speed.change_pct, speed.ci_pct, strong=_sure(speed)) if speed else words(None),
+                p_cell(speed.p_value if speed else None),
+            )
+            for run, mode, name, tau, speed in differences
+        ),
+        note="Paired by prompt, 95 % intervals over prompts. Bold: p below 0.05, not adjusted for their number.",
+        num_left=2,
+        wide=True,
+    )  # fmt: skip

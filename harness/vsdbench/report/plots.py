@@ -1,0 +1,233 @@
+"""The figures of a report that the terminal has no use for: cost against accepted length, budgets, time, differences.
+
+Sizes are those of the printed page: one column, unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vsdbench.bench.summary import Summary
+from vsdbench.report.figures import COLUMN, empty, legend, looks, mode_label, styled
+
+_INTERVAL: dict[str, Any] = {"elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": 3}
+_PARTS = (("draft", "#0072B2", ""), ("verify", "#BBBBBB", ""), ("other", "#000000", ""))
+_EDGE: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """One row of a forest plot: a change in per cent with its interval; ``certain`` fills the marker."""
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    certain: bool
+
+
+def step_cost(row: Mapping[str, Any], baseline_tokens_per_s: float) -> float | None:
+    """Return what a draft-and-verify step costs in steps of plain decoding: tau / (pooled speedup)."""
+    if not row["tokens_per_s"] or row["tau"] is None:
+        return None
+    return float(row["tau"] * baseline_tokens_per_s / row["tokens_per_s"])
+
+
+def pareto_figure(summary: Summary) -> Figure:
+    """Return tau over the cost of a step, a panel a mode; lines through the origin are lines of equal speedup.
+
+    What no other drafter beats in both is joined by a line.
+    """
+    rows = [row for row in summary["results"] if row["category"] is None]
+    styles = looks(summary)
+    points = [(row, cost) for row in rows if (cost := _cost(summary, row)) is not None]
+    modes = list(dict.fromkeys((row["mode"], row["temperature"]) for row, _ in points))
+    with styled(COLUMN):
+        figure = empty(COLUMN.width_in, list(dict.fromkeys(row["drafter"] for row, _ in points)), COLUMN)
+        panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+        for axes, mode in zip(panels, modes, strict=True):
+            chosen = [(row, cost) for row, cost in points if (row["mode"], row["temperature"]) == mode]
+            for row, cost in chosen:
+                look = styles[row["drafter"]]
+                axes.errorbar(
+                    cost, row["tau"], yerr=_arms(row["tau"], row["tau_ci"]), color=look["color"], marker=look["marker"],
+                    linestyle="none", label=row["drafter"], markersize=5, **_EDGE, **_INTERVAL,
+                )  # fmt: skip
+            _frontier(axes, [(cost, row["tau"]) for row, cost in chosen])
+            axes.set(title=mode_label(*mode), xlabel="cost of a step, in plain steps")
+        ends = [row["tau_ci"] or [row["tau"], row["tau"]] for row, _ in points]
+        lowest, highest = min(low for low, _ in ends), max(high for _, high in ends)
+        cheapest, dearest = min(cost for _, cost in points), max(cost for _, cost in points)
+        pad = max(0.05, 0.15 * (dearest - cheapest))
+        for axes in panels:
+            axes.set(xlim=(cheapest - pad, dearest + pad), ylim=(0.95 * lowest, 1.05 * highest))
+        for axes, mode in zip(panels, modes, strict=True):
+            _equal_speedups(
+                axes, [(cost, row["tau"]) for row, cost in points if (row["mode"], row["temperature"]) == mode]
+            )
+        panels[0].set_ylabel("τ, tokens a step")
+        legend(figure, panels, COLUMN)
+    return figure
+
+
+def budget_figure(summary: Summary, groups: Mapping[str, Sequence[tuple[str, int]]]) -> Figure:
+    """Return tau and speedup over the tree budget, a line a drafter, the first mode with all of a group.
+
+    Args:
+        summary: Of the run.
+        groups: Name of a drafter to its (method, tree budget) pairs.
+    """
+    mode = (summary["results"][0]["mode"], summary["results"][0]["temperature"])
+    rows = {
+        r["drafter"]: r for r in summary["results"] if r["category"] is None and (r["mode"], r["temperature"]) == mode
+    }
+    styles = looks(summary)
+    with styled(COLUMN):
+        figure = empty(COLUMN.width_in, list(groups), COLUMN)
+        panels = figure.subplots(1, 2)
+        for name, members in groups.items():
+            look = styles[members[0][0]]
+            for axes, measure in zip(panels, ("tau", "speedup"), strict=True):
+                known = [(budget, rows[method]) for method, budget in members if rows[method][measure] is not None]
+                values = [row[measure] for _, row in known]
+                errors = [_arms(row[measure], row[f"{measure}_ci"]) or [[0.0], [0.0]] for _, row in known]
+                axes.errorbar(
+                    [budget for budget, _ in known], values, yerr=np.concatenate([np.array(e) for e in errors], axis=1),
+                    color=look["color"], marker=look["marker"], linestyle=look["dashes"], label=name, linewidth=1.0,
+                    markersize=4.5, **_EDGE, **_INTERVAL,
+                )  # fmt: skip
+        budgets = sorted({budget for members in groups.values() for _, budget in members})
+        for axes, label in zip(panels, ("τ, tokens a step", _speedup_name(rows)), strict=True):
+            axes.set(xlabel="tree budget, draft tokens", ylabel=label, xticks=budgets)
+            axes.margins(x=0.15)
+            axes.grid(axis="y", color="0.9", linewidth=0.5)
+        legend(figure, list(panels), COLUMN)
+    return figure
+
+
+def time_figure(summary: Summary) -> Figure:
+    """Return where decode time goes, a bar a drafter, a panel a mode: the drafter, the target, everything else."""
+    rows = [r for r in summary["results"] if r["category"] is None and r["time_share"]["draft"] is not None]
+    modes = list(dict.fromkeys((row["mode"], row["temperature"]) for row in rows))
+    names = list(dict.fromkeys(row["drafter"] for row in rows))
+    with styled(COLUMN):
+        figure = empty(COLUMN.width_in, [], COLUMN)
+        figure.set_figheight(0.75 + 0.19 * len(names))
+        panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+        for axes, mode in zip(panels, modes, strict=True):
+            shares = {r["drafter"]: r["time_share"] for r in rows if (r["mode"], r["temperature"]) == mode}
+            left = np.zeros(len(names))
+            for part, colour, hatch in _PARTS:
+                widths = np.array([100 * shares[name][part] if name in shares else 0.0 for name in names])
+                axes.barh(
+                    names, widths, left=left, height=0.66, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4,
+                    label=_part_name(part),
+                )  # fmt: skip
+                for y, (start, width) in enumerate(zip(left, widths, strict=True)):
+                    if width >= 8:
+                        ink = "black" if part == "verify" else "white"
+                        axes.text(start + width / 2, y, f"{width:.0f}", color=ink, ha="center", va="center", fontsize=6)
+                left += widths
+            axes.set(title=mode_label(*mode), xlabel="% of decode time", xlim=(0, 100), xticks=(0, 50, 100))
+            axes.tick_params(axis="y", length=0)
+        panels[0].invert_yaxis()
+        legend(figure, panels, COLUMN)
+    return figure
+
+
+def forest_figure(panels: Mapping[str, Sequence[Effect]]) -> Figure:
+    """Return changes in per cent with intervals around 0, a panel a measure, a row an arm (the same in every panel)."""
+    names = list(dict.fromkeys(effect.name for effects in panels.values() for effect in effects))
+    with styled(COLUMN):
+        figure = empty(COLUMN.width_in, [], COLUMN)
+        figure.set_figheight(0.65 + 0.19 * len(names))
+        drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (measure, effects) in zip(drawn, panels.items(), strict=True):
+            axes.axvline(0, color="0.35", linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+            for effect in effects:
+                colour = "#0072B2" if effect.value >= 0 else "#D55E00"
+                axes.errorbar(
+                    effect.value, names.index(effect.name), xerr=_arms(effect.value, effect.interval), fmt="o",
+                    color=colour, markersize=4.2, markerfacecolor=colour if effect.certain else "white",
+                    markeredgecolor=colour, markeredgewidth=0.9, **_INTERVAL,
+                )  # fmt: skip
+            axes.set(xlabel=f"change of {measure}, %", ylim=(len(names) - 0.4, -0.6))
+            axes.set_yticks(range(len(names)), names)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="y", color="0.93", linewidth=0.5)
+    return figure
+
+
+def calibration_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]], summary: Summary) -> Figure:
+    """Return the share of draft tokens kept over the drafter's confidence in them, a line a drafter."""
+    styles = looks(summary)
+    with styled(COLUMN):
+        figure = empty(COLUMN.width_in, list(bins), COLUMN)
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, linestyle=(0, (4, 2)))
+        for name, entries in bins.items():
+            look = styles[name]
+            known = [(e["confidence"], e["accepted"]) for e in entries if e["count"] and e["accepted"] is not None]
+            if known:
+                axes.plot(
+                    *zip(*known, strict=True), color=look["color"], marker=look["marker"], linestyle=look["dashes"],
+                    label=name, linewidth=1.0, markersize=4, **_EDGE,
+                )  # fmt: skip
+        axes.set(xlabel="draft confidence", ylabel="share kept", xlim=(0, 1), ylim=(0, 1))
+        legend(figure, [axes], COLUMN)
+    return figure
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _cost(summary: Summary, row: Mapping[str, Any]) -> float | None:
+    name = row["speedup_baseline"]
+    speeds = [b["tokens_per_s"] for b in row.get("baselines", summary["baselines"])
+              if (b["name"], b["mode"], b["temperature"]) == (name, row["mode"], row["temperature"])]  # fmt: skip
+    return step_cost(row, speeds[0]) if speeds and speeds[0] else None
+
+
+def _arms(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
+    """Return the two lengths of an error bar."""
+    return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+
+
+def _frontier(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Join the points that none other beats in both cost and tau."""
+    best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)]
+    axes.plot(*zip(*sorted(best), strict=True), color="0.6", linewidth=0.8, zorder=1)
+
+
+def _equal_speedups(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Draw rays of equal speedup, each named near that end of it which is farther from all points."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+
+    def room(x: float, y: float) -> float:
+        return min(((x - a) / (right - left)) ** 2 + ((y - b) / (top - bottom)) ** 2 for a, b in points)
+
+    for speedup in (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0):
+        start, end = max(left, bottom / speedup), min(right, top / speedup)
+        if end - start < 0.1 * (right - left):
+            continue
+        axes.plot([start, end], [speedup * start, speedup * end], color="0.82", linewidth=0.7, zorder=0)
+        ends = (end - 0.06 * (right - left), start + 0.06 * (right - left))
+        where = max(ends, key=lambda x, ray=speedup: room(x, ray * x))  # type: ignore[misc]
+        axes.text(
+            where, speedup * where, f"{speedup:g}\N{MULTIPLICATION SIGN}", ha="center", va="center", fontsize=5.5,
+            color="0.4", zorder=0.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+
+
+def _speedup_name(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    names = {row["speedup_baseline"] for row in rows.values() if row["speedup_baseline"]}
+    return f"speedup vs {names.pop()}" if len(names) == 1 else "speedup"
+
+
+def _part_name(part: str) -> str:
+    return {"draft": "drafter", "verify": "target", "other": "rest"}[part]
