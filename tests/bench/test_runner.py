@@ -9,7 +9,7 @@ import torch
 
 from vsdbench.bench.methods import Method
 from vsdbench.bench.runner import WARMUP_TOKENS, Runner
-from vsdbench.decoding.interfaces import Generation, StepRecord, TreeShape
+from vsdbench.decoding.interfaces import Drafted, Generation, StepRecord, TreeShape
 from vsdbench.errors import ConfigError
 from vsdbench.store.store import RunStore, load_outputs, load_records
 from vsdbench.suites.prompts import make_prompt
@@ -100,6 +100,26 @@ def test_one_record_a_prompt_turn_mode_repeat_and_method(bench):
     assert (drafted.tree.budget, drafted.tree.depth, drafted.rule, drafted.top_p) == (3, 2, "coupled", 0.9)
     assert all(record.tree is None for record in records if record.kind == "baseline")
     assert {record.suite_version for record in records} == {"3"}
+
+
+@pytest.mark.parametrize(("deepest", "pruned"), [(None, 1), (1, 0)])
+def test_what_a_drafter_proposed_is_counted_and_what_a_baseline_did_is_not(bench, deepest, pruned):
+    run = bench(turns=[("ab",)], repeats=1)
+    for method in run.methods:
+
+        def drafting(prompt, settings, plain=method.run):
+            generation = plain(prompt, settings)
+            generation.drafted = [Drafted([-1], torch.zeros(1), []) for _ in generation.steps]
+            return generation
+
+        if method.name != "two":
+            object.__setattr__(method, "run", drafting)
+        if method.name == "one" and deepest is not None:
+            object.__setattr__(method, "drafter", SimpleNamespace(max_depth=deepest))
+    found = {record.method: record.diagnostics for record in run.run()}
+    assert [name for name in NAMES if found[name] is not None] == ["one"]
+    assert (found["one"].num_steps, found["one"].num_pruned) == (1, pruned)
+    assert found["one"].calibration.count[9] == 1
 
 
 def test_every_method_and_mode_is_warmed_up_before_anything_is_measured(bench):

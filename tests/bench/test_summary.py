@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from vsdbench.bench.summary import flatten_result, summarise, summary_frame
@@ -46,7 +47,7 @@ def test_form(make_run, fast):
     assert set(row) == {
         "drafter", "objective", "mode", "temperature", "category", "num_prompts", "tau", "tau_ci", "speedup",
         "speedup_ci", "speedup_baseline", "speedups", "tokens_per_s", "acceptance_by_depth", "time_share", "lossless",
-        "tau_definitions",
+        "tau_definitions", "diagnostics",
     }  # fmt: skip
     assert row["objective"] == "kl"
     assert overall(summary, "ngram")["objective"] is None
@@ -155,6 +156,63 @@ def test_the_flat_form_keeps_every_number(make_run, fast):
     assert frame.loc[0, "speedup_vs_autoregressive_hi"] == row["speedups"]["autoregressive"]["ci"][1]
 
 
+STEPS = [(5, 2, 2, 3, 1.0, 2.0, 0.5), (5, 2, 0, 1, 1.0, 2.0, 0.5)]
+CALIBRATION = {
+    "count": [2, 0, 0, 0, 0, 4, 0, 0, 0, 0],
+    "sum_confidence": [0.1, 0.0, 0.0, 0.0, 0.0, 2.2, 0.0, 0.0, 0.0, 0.0],
+    "kept": [0, 0, 0, 0, 0, 2, 0, 0, 0, 0],
+    "brier_sum": 1.2,
+}
+DIAGNOSTICS = {
+    "num_steps": 2, "num_pruned": 1, "num_kept_steps": 1, "num_greedy_steps": 1, "greedy_tokens": 2, "tree_tokens": 2,
+    "calibration": CALIBRATION, "kept_by_rank": [1, 1],
+}  # fmt: skip
+BRANCHED = DIAGNOSTICS | {"num_pruned": 0, "num_greedy_steps": 0, "greedy_tokens": 1, "kept_by_rank": [1, 0, 1]}
+
+
+def diagnosed(make_record):
+    """Records of two prompts with counts, of a third without, and of another drafter without any."""
+    return [
+        make_record(steps=STEPS, diagnostics=DIAGNOSTICS, category="chat"),
+        make_record(steps=STEPS, diagnostics=BRANCHED, category="code", prompt_id="p1"),
+        make_record(steps=STEPS, category="chat", prompt_id="p2"),
+        make_record(steps=STEPS, category="chat", method="older"),
+    ]
+
+
+def test_diagnostics_are_of_summed_counts(make_record, fast):
+    summary = summarise(diagnosed(make_record), **fast)
+    found = {(r["drafter"], r["category"]): r["diagnostics"] for r in summary["results"]}
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert found["older", None] is found["older", "chat"] is None
+    bins = found["ngram", None].pop("calibration")
+    assert found["ngram", None] == {
+        "greedy_pruned_share": 1 / 4,
+        "accepted_is_greedy_share": 1 / 2,
+        "greedy_path_length": 3 / 4,
+        "tree_path_length": 1.0,
+        "brier": pytest.approx(2.4 / 12),
+        "nodes_for_95": 3,
+    }
+    assert [entry["count"] for entry in bins] == [4, 0, 0, 0, 0, 8, 0, 0, 0, 0]
+    assert bins[5] == {"confidence": pytest.approx(0.55), "accepted": 0.5, "count": 8}
+    assert bins[1] == {"confidence": None, "accepted": None, "count": 0}
+    assert found["ngram", "chat"]["greedy_pruned_share"] == 1 / 2
+    assert found["ngram", "chat"]["nodes_for_95"] == 2
+    assert found["ngram", "code"]["accepted_is_greedy_share"] == 0
+
+
+def test_diagnostics_are_flat_in_the_parquet_file(make_record, fast, tmp_path):
+    summary = summarise(diagnosed(make_record), **fast)
+    summary_frame(summary).to_parquet(tmp_path / "summary.parquet")
+    frame = pd.read_parquet(tmp_path / "summary.parquet")
+    assert frame.loc[0, "diagnostics_greedy_path_length"] == 3 / 4
+    assert frame.loc[0, "diagnostics_calibration_count"].tolist() == [4, 0, 0, 0, 0, 8, 0, 0, 0, 0]
+    assert frame.loc[frame["drafter"] == "older", "diagnostics_brier"].isna().all()
+    without = summary_frame(summarise([r for r in diagnosed(make_record) if r.method == "older"], **fast))
+    assert set(without) == set(frame)
+
+
 def test_a_seed_gives_the_same_summary(make_run, fast):
     records = make_run(num_prompts=6)
     assert summarise(records, seed=1, **fast) == summarise(records, seed=1, **fast)
@@ -164,7 +222,7 @@ def test_a_seed_gives_the_same_summary(make_run, fast):
 def test_results_are_read_without_torch():
     modules = [
         "store.records", "store.files", "store.frames", "store.store", "bench.metrics", "bench.stats", "bench.summary",
-        "report.tables", "report.figures",
+        "bench.diagnostics", "report.tables", "report.figures",
     ]  # fmt: skip
     imports = "".join(f"import vsdbench.{module}\n" for module in modules)
     script = f"import sys\n{imports}sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

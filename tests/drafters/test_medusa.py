@@ -130,7 +130,7 @@ def test_trees_hold_the_likeliest_tokens_of_every_head(model, sequence, kind):
     drafter.begin(State(ids[:7], features[:6]), 64)
     tree = drafter.propose(None, TreeShape(kind=kind, budget=7, depth=9, top_k=2), temperature=0, generator=None)
     assert len(tree) == (HEADS if kind == "chain" else 7)
-    assert max(tree.depths) == HEADS, "no deeper than there are heads, whatever is asked"
+    assert max(tree.depths) == HEADS == drafter.max_depth, "no deeper than there are heads, whatever is asked"
     best = [scores[5].topk(2) for scores in expected]
     for token, depth, log_prob in zip(tree.tokens.tolist(), tree.depths, tree.log_probs.tolist(), strict=True):
         rank = (best[depth - 1].indices + 3).tolist().index(token)

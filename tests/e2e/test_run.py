@@ -63,6 +63,20 @@ def test_every_answer_is_lossless_and_stored(finished):
     assert accepted > sum(len(record.steps) for record in itself)  # a model agrees with itself
 
 
+def test_what_drafters_proposed_is_counted(finished):
+    workspace, _ = finished
+    records = load_records(workspace.only_run)
+    baselines = {record.method for record in records if record.kind == "baseline"}
+    assert {record.method for record in records if record.diagnostics is None} == baselines
+    lookup = [record.diagnostics for record in records if record.method == "ngram"]
+    assert {(found.num_pruned, found.calibration) for found in lookup} == {(None, None)}
+    itself = [r.diagnostics for r in records if (r.method, r.mode) == ("itself", "greedy")]
+    assert sum(found.num_kept_steps for found in itself) > 0
+    for found in itself:  # what the target prefers is what the target keeps
+        assert found.num_greedy_steps == found.num_kept_steps
+        assert sum(found.calibration.kept) == found.greedy_tokens == found.tree_tokens
+
+
 def test_manifest_and_config_say_what_was_run(finished):
     workspace, _ = finished
     run = workspace.only_run

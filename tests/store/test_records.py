@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from vsdbench.decoding.interfaces import StepRecord
 from vsdbench.errors import ConfigError
-from vsdbench.store.records import Divergence, Steps, hash_tokens, parse_record
+from vsdbench.store.records import Diagnostics, Divergence, Steps, hash_tokens, parse_record
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "records_v1.jsonl"
+WITH_DIAGNOSTICS = GOLDEN.with_name("records_v1_diagnostics.jsonl")
 STEP = (7, 4, 2, 3, 1.0, 2.0, 0.5)
 
 
@@ -26,6 +27,43 @@ def test_golden_lines_load_and_write_back_unchanged():
     assert eagle.divergence == Divergence(index=4, gap=0.0003, kind="near_tie", reference_token=11, token=12)
     assert eagle.key == ("mtbench", "81", 0, "eagle3-kl", "greedy", 0.0, 0)
     assert records[3].temperature == 0.7
+
+
+def test_golden_lines_with_diagnostics_load_and_write_back_unchanged():
+    lines = WITH_DIAGNOSTICS.read_text().splitlines()
+    eagle, ngram = [parse_record(line, where="golden") for line in lines]
+    assert [json.loads(r.to_line()) for r in (eagle, ngram)] == [json.loads(line) for line in lines]
+    assert eagle.diagnostics.kept_by_rank == (2, 1, 1, 0, 1)
+    assert eagle.diagnostics.calibration.count[5] == 3
+    assert (ngram.diagnostics.num_pruned, ngram.diagnostics.calibration) == (None, None)
+
+
+def test_lines_from_before_diagnostics_were_measured_have_none():
+    assert [parse_record(line, where="golden").diagnostics for line in GOLDEN.read_text().splitlines()] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 1}, "num_steps is 1, fewer than num_kept_steps"),
+        ({"num_pruned": 4}, "num_steps is 3, fewer than"),
+        ({"num_greedy_steps": 3}, "fewer than"),
+        ({"greedy_tokens": 4}, "does not go with greedy_tokens"),
+        ({"kept_by_rank": [1, 1]}, r"kept_by_rank \(in all 2\)"),
+        ({"calibration": {"count": [0] * 9}}, "at least 10 items"),
+        ({"calibration": {"kept": [1] * 10}}, "more than count"),
+        ({"calibration": {"brier_sum": float("nan")}}, "finite"),
+    ],
+)
+def test_diagnostics_that_cannot_be_are_refused(change, message):
+    empty = {"count": [0] * 10, "kept": [0] * 10, "sum_confidence": [0.0] * 10, "brier_sum": 0.0}
+    counts = {"num_steps": 3, "num_pruned": 1, "num_kept_steps": 2, "num_greedy_steps": 1, "greedy_tokens": 1}
+    counts |= {"tree_tokens": 3, "kept_by_rank": [1, 1, 0, 0, 1], "calibration": empty}
+    assert Diagnostics.model_validate(counts).num_steps == 3
+    if "calibration" in change:
+        change = {"calibration": empty | change["calibration"]}
+    with pytest.raises(ValidationError, match=message):
+        Diagnostics.model_validate(counts | change)
 
 
 def test_round_trip_is_one_line_that_begins_with_the_schema(make_record):

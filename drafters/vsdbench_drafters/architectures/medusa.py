@@ -223,7 +223,7 @@ class MedusaDrafter:
 
     def __init__(self, model: MedusaModel, *, dtype: torch.dtype) -> None:
         assert model.max_steps is not None
-        self.num_heads = model.max_steps
+        self.num_heads = self.max_depth = model.max_steps
         self.vocab_size = len(model.t2d)
         self._d2t, self._dtype = model.d2t, dtype
         self._width = model.hidden_size

@@ -83,7 +83,7 @@ class NgramDrafter:
             taken += len(found) > before
         device = state.next_logits.device
         nodes = torch.tensor(found, dtype=torch.int64, device=device)
-        return TokenTree(nodes, parents, depths, torch.zeros(len(found), device=device))
+        return TokenTree(nodes, parents, depths, torch.zeros(len(found), device=device), has_probs=False)
 
     def _matches(self, tokens: list[int]) -> list[int]:
         """Return where continuations start: longer endings first, later occurrences first."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vsdbench.bench.diagnostics import diagnose
 from vsdbench.bench.lossless import compare
 from vsdbench.bench.methods import REFERENCE, Method
 from vsdbench.decoding.engine import DecodeSettings
@@ -63,6 +64,12 @@ class _Decoded:
     method: Method
     settings: DecodeSettings
     generation: Generation
+
+
+def _max_depth(method: Method) -> int | None:
+    """Return the deepest tree that a method's drafter can propose; None: as deep as it is asked for."""
+    depth: int | None = getattr(method.drafter, "max_depth", None)
+    return depth
 
 
 class Runner:
@@ -186,6 +193,7 @@ class Runner:
             prefill_s=generation.prefill_s,
             decode_s=generation.decode_s,
             steps=Steps.from_steps(generation.steps),
+            diagnostics=diagnose(generation, shape, max_depth=_max_depth(method)) if shape else None,
             divergence=divergence,
             lossless=verdict,
         )

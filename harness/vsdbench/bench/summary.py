@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from vsdbench.bench import checks, metrics, stats
+from vsdbench.bench.diagnostics import METRICS, misalignment
 from vsdbench.errors import ConfigError
 from vsdbench.store.frames import to_frames
 from vsdbench.store.records import Record
@@ -33,6 +34,8 @@ def summarise(
     prompts), which ``speedup_baseline`` names; ``speedups`` has it against each. ``controls`` are A/A comparisons of
     each baseline's first two repeats: an interval without 1 means that the clock cannot be trusted.
     ``minimum_detectable_effect`` has, for every mode, the smallest differences that the run could have shown.
+    ``diagnostics`` say how a drafter's preference and what was kept of its trees differ (``bench.diagnostics``), null
+    where that was not recorded.
 
     Args:
         records: Of one run, not empty.
@@ -77,7 +80,10 @@ def summary_frame(summary: Summary) -> pd.DataFrame:
 
 
 def flatten_result(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one entry of ``results`` with ``_lo``/``_hi`` for intervals and a column a share, count and baseline."""
+    """Return one entry of ``results`` with ``_lo``/``_hi`` for intervals and a column a share, count and baseline.
+
+    The bins of the calibration become a list a column, as ``acceptance_by_depth`` is one.
+    """
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if name.endswith("_ci"):
@@ -86,10 +92,20 @@ def flatten_result(row: Mapping[str, Any]) -> dict[str, Any]:
             for baseline, estimate in value.items():
                 flat[f"speedup_vs_{baseline}"] = estimate["value"]
                 flat |= _ends(f"speedup_vs_{baseline}", estimate["ci"])
+        elif name == "diagnostics":
+            flat |= _flat_diagnostics(value or dict.fromkeys(METRICS))
         elif isinstance(value, Mapping):
             flat |= {f"{name}_{part}": number for part, number in value.items()}
         else:
             flat[name] = value
+    return flat
+
+
+def _flat_diagnostics(found: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {f"diagnostics_{name}": value for name, value in found.items() if name != "calibration"}
+    for name in ("confidence", "accepted", "count"):
+        bins = found["calibration"]
+        flat[f"diagnostics_calibration_{name}"] = bins and [entry[name] for entry in bins]
     return flat
 
 
@@ -136,6 +152,7 @@ def _result(
         "time_share": metrics.time_share(records, steps),
         "lossless": metrics.lossless_counts(records),
         "tau_definitions": metrics.tau_definitions(records, steps),
+        "diagnostics": misalignment(records["diagnostics"]),
     }
 
 

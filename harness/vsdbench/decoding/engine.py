@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vsdbench.decoding.interfaces import (
+    Drafted,
     Drafter,
     Generation,
     StepRecord,
@@ -120,6 +121,7 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
     prefilled = now = time.perf_counter()
 
     steps: list[StepRecord] = []
+    kept: list[Drafted] = []
     stop = _stop_reason(state.tokens, end, [first], eos_ids)
     while stop is None:
         # 1. Draft a tree under the last committed token.
@@ -155,6 +157,8 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
                 other_ms=1e3 * (committed - scored),
             )
         )
+        # References only, and not to draft_probs, which may be large; the counting waits until the answer is done.
+        kept.append(Drafted(tree.parents, tree.log_probs, path, tree.has_probs, tree.draft_probs is not None))
         now = ended
     return Generation(
         token_ids=state.tokens[len(prompt) :],
@@ -162,6 +166,7 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
         prefill_s=prefilled - started,
         decode_s=now - prefilled,
         steps=steps,
+        drafted=kept,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,9 @@ class TokenTree:
         draft_probs: ``[N + 1, V]`` float32 or None. Row ``r`` is the full draft distribution from which the children
             of row ``r`` were drawn without replacement (zeros for leaves). None: children were chosen
             deterministically, so their proposal distribution is a point mass each.
+        has_probs: False where the drafter knows no probabilities (a look-up) and ``log_probs`` holds zeros.
+
+    A proposal is read again after decoding, for the diagnostics: its tensors must not be written to once it was made.
     """
 
     tokens: Tensor
@@ -64,6 +67,7 @@ class TokenTree:
     depths: Sequence[int]
     log_probs: Tensor
     draft_probs: Tensor | None = None
+    has_probs: bool = True
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -120,6 +124,8 @@ class Drafter(Protocol):
 
     Life of one sequence: ``begin`` once after the target's prefill and its first sampled token, then ``propose`` and
     ``commit`` in turn. A drafter may keep state between calls but must not depend on earlier sequences.
+
+    A drafter that cannot draft deeper than some depth, whatever it is asked for, says so by an attribute ``max_depth``.
     """
 
     name: str
@@ -158,6 +164,24 @@ class StepRecord:
     other_ms: float
 
 
+class Drafted(NamedTuple):
+    """What one step proposed and what was kept of it: references alone, from which diagnostics are counted later.
+
+    Attributes:
+        parents: Of the tree's N nodes.
+        log_probs: ``[N]`` float32, wherever the drafter made them.
+        path: Nodes kept, cut at the end of the answer.
+        has_probs: As in ``TokenTree``.
+        drawn: The children were drawn from the draft distribution.
+    """
+
+    parents: Sequence[int]
+    log_probs: Tensor
+    path: Sequence[int]
+    has_probs: bool = True
+    drawn: bool = False
+
+
 @dataclass(slots=True)
 class Generation:
     """One decoded answer with its raw measurements.
@@ -168,6 +192,7 @@ class Generation:
         prefill_s: Target and drafter prefill up to and including the first token.
         decode_s: Everything after it; ``len(token_ids) - 1`` tokens were emitted in this time.
         steps: One record a verification step.
+        drafted: The step's tree and what was kept of it, one a step; empty where an engine does not tell.
     """
 
     token_ids: list[int]
@@ -175,3 +200,4 @@ class Generation:
     prefill_s: float
     decode_s: float
     steps: list[StepRecord] = field(default_factory=list)
+    drafted: list[Drafted] = field(default_factory=list)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vsdbench.store.records import STEP_COLUMNS, Divergence, Record, Tree
 
-_NESTED = {"steps": True, "tree": True, "divergence": True}
+_NESTED = {"steps": True, "tree": True, "divergence": True, "diagnostics": True}
 _INTEGERS = {"num_nodes", "depth", "num_accepted", "num_emitted"}
 
 
@@ -17,8 +17,9 @@ def to_frames(records: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return ``(records, steps)``.
 
     ``records`` has one row a record, numbered from 0, with the record's scalar fields, ``tree_*``, ``divergence_*``,
-    ``num_steps`` and ``unit`` (suite and prompt id: the unit of every statistic). ``steps`` has one row a verification
-    step: ``record`` (the row of its record), ``step`` (0-based) and the columns of ``Steps``.
+    ``num_steps``, ``unit`` (suite and prompt id: the unit of every statistic) and ``diagnostics`` as they are (objects,
+    or None). ``steps`` has one row a verification step: ``record`` (the row of its record), ``step`` (0-based) and the
+    columns of ``Steps``.
     """
     frame = pd.DataFrame([_row(record) for record in records], columns=_columns())
     frame.index.name = "record"
@@ -38,7 +39,7 @@ def _row(record: Record) -> dict[str, object]:
     row |= record.model_dump(exclude=_NESTED, by_alias=False)
     for prefix, part, model in (("tree", record.tree, Tree), ("divergence", record.divergence, Divergence)):
         row |= {f"{prefix}_{name}": getattr(part, name) if part else None for name in model.model_fields}
-    return row | {"num_steps": len(record.steps)}
+    return row | {"num_steps": len(record.steps), "diagnostics": record.diagnostics}
 
 
 def _columns() -> list[str]:
@@ -48,4 +49,4 @@ def _columns() -> list[str]:
         for prefix, model in (("tree", Tree), ("divergence", Divergence))
         for name in model.model_fields
     ]
-    return ["unit", *scalars, *nested, "num_steps"]
+    return ["unit", *scalars, *nested, "num_steps", "diagnostics"]

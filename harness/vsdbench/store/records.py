@@ -19,10 +19,12 @@ from vsdbench.errors import ConfigError
 SCHEMA_VERSION = 1
 
 Count: TypeAlias = Annotated[int, Field(ge=0)]
-Seconds: TypeAlias = Annotated[float, Field(ge=0)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0)]
+Seconds: TypeAlias = NonNegative
 RecordKey: TypeAlias = tuple[str, str, int, str, str, float, int]
 """Suite, prompt id, turn, method, mode, temperature, repeat: what makes a record the only one of its kind in a run."""
 
+NUM_BINS = 10
 STEP_COLUMNS = ("num_nodes", "depth", "num_accepted", "num_emitted", "draft_ms", "verify_ms", "other_ms")
 
 
@@ -114,6 +116,75 @@ class Tree(_Model):
     top_k: Count
 
 
+class Calibration(_Model):
+    """Draft tokens whose fate was decided, by the drafter's confidence in them: ten bins of equal width, low to high.
+
+    A token is counted where its parent was kept (or is the root) and the answer did not end with that parent. Its
+    confidence is the drafter's probability of it after that parent; it turned out true if the token was kept.
+
+    Attributes:
+        count: Tokens of each bin; one of confidence 1 belongs to the last.
+        sum_confidence: Sum of their confidences.
+        kept: How many of them were kept.
+        brier_sum: Sum of (confidence - kept)^2 over all bins.
+    """
+
+    count: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)]
+    sum_confidence: Annotated[tuple[NonNegative, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)]
+    kept: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)]
+    brier_sum: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(kept > count for kept, count in zip(self.kept, self.count, strict=True)):
+            raise ValueError(f"kept is {self.kept}, which is more than count {self.count}")
+        return self
+
+
+class Diagnostics(_Model):
+    """Where the drafter's own preference and what decoding kept part, as counts that add up over records.
+
+    The *greedy path* starts at the root and takes the drafter's likeliest child (the first of equals) as far as the
+    tree goes. Of children that were drawn at random the likeliest may not be among those drawn, so then ``num_pruned``,
+    ``num_greedy_steps``, ``greedy_tokens`` and ``calibration`` are None; without probabilities (a look-up) the greedy
+    path is that of first choices, and ``num_pruned`` and ``calibration`` are None.
+
+    Attributes:
+        num_steps: Verification steps.
+        num_pruned: Steps whose greedy path does not reach the depth asked for: its end was left out of the tree.
+        num_kept_steps: Steps that kept a draft token.
+        num_greedy_steps: Of these, those whose kept path is the greedy path or its beginning.
+        greedy_tokens: Draft tokens kept that lie on the greedy path.
+        tree_tokens: Draft tokens kept.
+        calibration: The drafter's confidence against what was kept.
+        kept_by_rank: Draft tokens kept by the rank of their node in its tree, most probable path from the root first,
+            the first of equals before the others; up to the last rank at which anything was kept.
+    """
+
+    num_steps: Count
+    num_pruned: Count | None
+    num_kept_steps: Count
+    num_greedy_steps: Count | None
+    greedy_tokens: Count | None
+    tree_tokens: Count
+    calibration: Calibration | None
+    kept_by_rank: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.num_greedy_steps or 0) <= self.num_kept_steps <= self.num_steps >= (self.num_pruned or 0):
+            raise ValueError(
+                f"num_steps is {self.num_steps}, fewer than num_kept_steps ({self.num_kept_steps}), num_greedy_steps "
+                f"({self.num_greedy_steps}) or num_pruned ({self.num_pruned})"
+            )
+        if not (self.greedy_tokens or 0) <= self.tree_tokens == sum(self.kept_by_rank):
+            raise ValueError(
+                f"tree_tokens is {self.tree_tokens}, which does not go with greedy_tokens ({self.greedy_tokens}) and "
+                f"kept_by_rank (in all {sum(self.kept_by_rank)})"
+            )
+        return self
+
+
 class Divergence(_Model):
     """The first place where the output leaves that of the same engine's baseline.
 
@@ -138,6 +209,8 @@ class Record(_Model):
     ``num_output_tokens`` includes the first token, which the prefill gives; the steps emit the others, so where there
     are steps their ``num_emitted`` add up to ``num_output_tokens - 1``. ``lossless`` is the comparison with the same
     engine's baseline: ``reference`` is that baseline itself, ``unchecked`` where no token-wise comparison is defined.
+    ``diagnostics`` is there for drafters in our own engine alone; lines without it (those of baselines, and those from
+    before it was measured) are read, and written back, without it.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -177,6 +250,7 @@ class Record(_Model):
     prefill_s: Seconds
     decode_s: Seconds
     steps: Steps = Steps()
+    diagnostics: Diagnostics | None = None
     divergence: Divergence | None = None
     lossless: Literal["equal", "near_tie", "violation", "unchecked", "reference"]
 
@@ -188,6 +262,13 @@ class Record(_Model):
         if len(self.steps) and emitted != self.num_output_tokens - 1:
             raise ValueError(
                 f"the steps emit {emitted} tokens, but num_output_tokens - 1 is {self.num_output_tokens - 1}"
+            )
+        found = self.diagnostics
+        counts = (len(self.steps), sum(self.steps.num_accepted))
+        if found is not None and (found.num_steps, found.tree_tokens) != counts:
+            raise ValueError(
+                f"diagnostics are of {found.num_steps} steps and {found.tree_tokens} kept tokens, but there are "
+                f"{counts[0]} and {counts[1]}"
             )
         if (self.divergence.kind if self.divergence else None) != (
             self.lossless if self.lossless in {"near_tie", "violation"} else None
@@ -202,7 +283,7 @@ class Record(_Model):
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, newline included."""
-        return self.model_dump_json() + "\n"
+        return self.model_dump_json(exclude={"diagnostics"} if self.diagnostics is None else None) + "\n"
 
 
 def parse_record(line: str | bytes, *, where: str) -> Record:
