@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vsdbench.cli import ablate, look, measure, report  # noqa: F401 - importing a module registers its verbs
+from vsdbench.cli import ablate, compare, look, measure, report  # noqa: F401 - importing a module registers its verbs
 from vsdbench.cli.common import app, verb
 
 __all__ = ["app", "main", "verb"]
