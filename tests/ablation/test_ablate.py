@@ -13,6 +13,8 @@ from tests.e2e.workspace import Result, Workspace, save_model
 from typer.testing import CliRunner
 
 from vsdbench.ablation.analysis import analyse
+from vsdbench.ablation.grid import Arm, family, load_base
+from vsdbench.ablation.run import _write
 from vsdbench.bench.run import RunStore
 from vsdbench.cli import app
 from vsdbench.paths import list_data, reports_dir
@@ -284,6 +286,14 @@ def test_overrides_reach_the_recipe_and_the_suite(bench):
     for name in ("vsd", "no-car", "onpolicy-rkl"):
         recipe = load_recipe(f"{run / 'ablation.yaml'}:{name}@0")
         assert (recipe.training.epochs, recipe.objective.options["omega"]) == (2, 0.7)
+
+
+def test_the_contest_file_is_named_without_the_users_folder(bench, monkeypatch):
+    monkeypatch.setenv("HOME", str(bench.folder))
+    raw = family(base := load_base(str(bench.recipe)), [Arm(name="vsd")])
+    written = _write(raw, bench.folder / "cache" / "contest.yaml")
+    assert written == "~/cache/contest.yaml"
+    assert load_recipe(f"{written}:vsd@0").objective.options == base.objective["options"]
 
 
 def test_the_shipped_suite_and_recipes_fit_each_other():

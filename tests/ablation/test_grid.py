@@ -197,6 +197,16 @@ def test_adding_an_arm_or_a_seed_changes_no_other_cell(base, members):
     assert members(one)("vsd@1").content() != before[0]
 
 
+def test_a_part_that_the_objective_cannot_do_without_is_left_out():
+    base = load_base("contest-hour:vsd-full")
+    arms, notes = chosen_arms(base, Wanted())
+    assert [arm.name for arm in arms] == [f"no-{part}" for part in PARTS if part != "oracle"]
+    assert len(notes) == 1
+    assert notes[0].startswith("'no-oracle' is left out; arm 'no-oracle': vsd: targets: full")
+    with pytest.raises(ConfigError, match="arm 'no-oracle': vsd: targets: full"):
+        family(base, chosen_arms(base, Wanted(parts=["oracle"]))[0])
+
+
 def test_seeds(base):
     assert base.seeds == (0,)
     assert load_base("ablation-quickstart", num_seeds=3).seeds == (0, 1, 2)

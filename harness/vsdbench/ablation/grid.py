@@ -177,20 +177,21 @@ def chosen_arms(base: Base, wanted: Wanted) -> tuple[list[Arm], list[str]]:
         arms = [_combined(arms)]
     if wanted.grid is not None:
         arms += _grid_arms(base, wanted.grid)
+    notes: list[str] = []
     if not arms:
-        arms = [_part_arm(part) for part in PARTS]
+        arms, notes = _leave_one_out(base)
     kept = [arm for arm in arms if any(base.value(key) != value for key, value in arm.change.items())]
-    dropped = [
+    notes += [
         f"'{arm.name}' is left out: {describe_change(arm.change)} is what {base.name} has already."
         for arm in arms
         if arm not in kept
     ]
     if not kept:
-        raise ConfigError(f"Nothing is left to compare: {' '.join(dropped)}")
+        raise ConfigError(f"Nothing is left to compare: {' '.join(notes)}")
     twice = next((arm.name for arm in kept if [other.name for other in kept].count(arm.name) > 1), None)
     if twice is not None:
         raise ConfigError(f"Two arms are called '{twice}'; give the one in {wanted.grid} another name.")
-    return kept, dropped
+    return kept, notes
 
 
 def controls(base: Base) -> list[Arm]:
@@ -218,7 +219,12 @@ def family(base: Base, arms: Sequence[Arm]) -> dict[str, Any]:
         "seeds": list(base.seeds),
         "arms": {arm.name: _nested(base, arm) for arm in arms},
     }
-    registry.load("vsdbench.trainers", "check")(raw, base.name)
+    check = registry.load("vsdbench.trainers", "check")
+    for name, content in raw["arms"].items():
+        try:
+            check(raw | {"arms": {name: content}}, base.name)
+        except ConfigError as error:
+            raise ConfigError(f"arm '{name}': {error}") from error
     return raw
 
 
@@ -248,6 +254,20 @@ def _word(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "null" if value is None else str(value)
+
+
+def _leave_one_out(base: Base) -> tuple[list[Arm], list[str]]:
+    """Return an arm for every part that the objective, set as it is, can do without, and notes on the others."""
+    arms: list[Arm] = []
+    notes: list[str] = []
+    for arm in map(_part_arm, PARTS):
+        try:
+            family(base, [arm])
+        except ConfigError as error:
+            notes.append(f"'{arm.name}' is left out; {error}")
+        else:
+            arms.append(arm)
+    return arms, notes
 
 
 def _part_arm(part: str) -> Arm:

@@ -55,7 +55,7 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
     for cell in estimate["cells"]:
         seed = MISSING if cell["seed"] is None else str(cell["seed"])
         time = "in the cache" if cell["cached"] else minutes(cell["seconds"])
-        table.add_row(cell["arm"], describe_change(cell["change"]) or MISSING, seed, time)
+        table.add_row(Text(cell["arm"]), Text(describe_change(cell["change"]) or MISSING), seed, time)
     decoding = sum(method["seconds"] for method in estimate["methods"])
     console.print(
         f"ablation of {estimate['recipe']} on {estimate['suite']}: {estimate['num_prompts']} prompts, "
@@ -78,7 +78,7 @@ def _comparison(arms: Sequence[Mapping[str, Any]], separator: str) -> Table:
         first_control = arm["control"] and not arms[index - 1]["control"]
         if first_control:
             table.add_section()
-        table.add_row(arm["name"], *cells)
+        table.add_row(Text(arm["name"]), *cells)
     return table
 
 
@@ -87,7 +87,7 @@ def _budgets(result: Mapping[str, Any]) -> Table:
     for arm in result["arms"]:
         budget = arm["budget"]
         spent = (f"{budget['tokens']:,}", f"{budget['target_forwards']:,}", f"{budget['wall_s']:.1f}")
-        table.add_row(arm["name"], _changes(arm, result["reference"]), *spent)
+        table.add_row(Text(arm["name"]), Text(_changes(arm, result["reference"])), *spent)
     return table
 
 
