@@ -80,16 +80,16 @@ class PathObjective(ForwardKL):
     ) -> tuple[list[Tensor], DraftContext]:
         """Return the anchor loss's terms, none where it is off, and the anchors' context at step 0."""
         context = drafter.start(batch)
-        terms: list[Tensor] = []
+        outputs: list[Tensor] = []
         branch: DraftContext | None = None
-        for step, hidden in unroll(drafter, batch, len(self.weights), context):
+        for _, hidden in unroll(drafter, batch, len(self.weights), context):
             if branch is None:
                 branch = context.select(anchors)
                 if self.anchor == "off":
                     break
-            terms.append(self.step_loss(step, hidden, batch, drafter, view.probs()))
+            outputs.append(hidden)
         assert branch is not None
-        return terms, branch
+        return self.step_losses(outputs, batch, drafter, view.probs()) if outputs else [], branch
 
     def propose(self, drafter: DraftModel, context: DraftContext, generator: torch.Generator) -> Paths:
         """Return proposals of the drafter as it is now."""

@@ -2,6 +2,7 @@
 
 Plain functions of logits say what is meant; ``fused`` computes the same from hidden states and the LM head without
 keeping a ``[rows, vocabulary]`` float32 tensor per step alive, and the tests hold it against the plain ones.
+``fused_steps`` does all steps of a training-time test that have one head at once.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView, unroll
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
-_CHUNK_ELEMENTS = 1 << 20  # a chunk of float32 logits stays in the cache of a CPU core complex (4 MiB)
+_PRODUCT_ELEMENTS = 1 << 22  # logits that one product makes
+_CHUNK_ELEMENTS = 1 << 18  # of them, those that are float32 at a time: 1 MiB stays in the cache of a CPU core
 
 
 def cross_entropy(draft_logits: Tensor, target_tokens: Tensor, mask: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ RowLosses: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
 
 
 def fused(hidden: Tensor, head: Tensor, targets: Tensor, row_weights: Tensor, row_losses: RowLosses) -> Tensor:
-    """Return Σ_r w_r loss_r of the logits ``hidden @ head.T``, gradients computed in the same pass.
+    """Return Σ_r w_r loss_r of the logits ``hidden @ head.T``, their gradient computed in the same pass.
 
     Losses whose gradient is known in closed form need one sweep over each chunk of logits instead of four, and keep
     only the gradient, in ``hidden``'s dtype.
@@ -79,43 +82,87 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, row_weights: Tensor, ro
         row_weights: ``[R]``; 0 masks a row.
         row_losses: The loss.
     """
-    loss: Tensor = _Fused.apply(hidden, head, targets, row_weights, row_losses)  # type: ignore[no-untyped-call]
-    return loss
+    return fused_steps([hidden], head, [targets], [row_weights], row_losses)[0]
+
+
+def fused_steps(
+    hidden: Sequence[Tensor],
+    head: Tensor,
+    targets: Sequence[Tensor],
+    row_weights: Sequence[Tensor],
+    row_losses: RowLosses,
+) -> Tensor:
+    """Return ``[steps]``, what ``fused`` returns of each step; the head is read and learns once for all of them.
+
+    Args:
+        hidden: Of every step, ``[R_i, H]``.
+        head: ``[Vd, H]``.
+        targets: Of every step.
+        row_weights: Of every step.
+        row_losses: The loss.
+    """
+    losses: Tensor = _Fused.apply(head, tuple(targets), tuple(row_weights), row_losses, *hidden)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _Fused(torch.autograd.Function):
-    """LM head, loss and gradients, chunk by chunk over the rows."""
+    """LM head, loss and the gradient of logits, chunk by chunk over the rows; two products give the other gradients."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - autograd's form
+    def forward(
         ctx: Any,  # noqa: ANN401
-        hidden: Tensor,
         head: Tensor,
-        targets: Tensor,
-        row_weights: Tensor,
+        targets: tuple[Tensor, ...],
+        row_weights: tuple[Tensor, ...],
         row_losses: RowLosses,
+        *hidden: Tensor,
     ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight = head.to(hidden.dtype)
-            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-            total = torch.zeros((), dtype=wide, device=hidden.device)
-            grad_logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-            chunk = max(1, _CHUNK_ELEMENTS // len(weight))
-            for first in range(0, len(hidden), chunk):
-                rows = slice(first, min(first + chunk, len(hidden)))
-                loss, gradient = row_losses((hidden[rows] @ weight.T).to(wide), targets[rows])
-                total += (loss * row_weights[rows]).sum()
-                grad_logits[rows] = gradient.mul_(row_weights[rows, None])
-            grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
-            grad_head = (grad_logits.T @ hidden).to(head.dtype) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(*(g for g in (grad_hidden, grad_head) if g is not None))
-        return total
+        first, counts = hidden[0], [len(step) for step in hidden]
+        with torch.autocast(first.device.type, enabled=False):
+            weight = head.to(first.dtype)
+            wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+            totals = torch.zeros(len(hidden), dtype=wide, device=first.device)
+            grad_logits = torch.empty(sum(counts), len(weight), dtype=first.dtype, device=first.device)
+            for step, gradient in enumerate(torch.split(grad_logits, counts)):
+                totals[step] = _sweep(hidden[step], weight, targets[step], row_weights[step], row_losses, gradient)
+        ctx.counts, ctx.head_dtype = counts, head.dtype
+        ctx.save_for_backward(weight, grad_logits, *hidden)
+        return totals
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # noqa: ANN401
-        saved = iter(ctx.saved_tensors)
-        grads = [next(saved) * grad_output if needed else None for needed in ctx.needs_input_grad[:2]]
-        return grads[0], grads[1], None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        weight, grad_logits, *hidden = ctx.saved_tensors
+        grad_head: Tensor | None = None
+        grad_hidden: list[Tensor | None] = [None] * len(hidden)
+        with torch.autocast(weight.device.type, enabled=False):
+            steps = grad_output.unbind()
+            if ctx.needs_input_grad[0]:
+                scaled = torch.cat([states * scale for states, scale in zip(hidden, steps, strict=True)])
+                grad_head = (grad_logits.T @ scaled.to(weight.dtype)).to(ctx.head_dtype)
+            if any(ctx.needs_input_grad[4:]):
+                parts = torch.split(grad_logits @ weight, ctx.counts)
+                grad_hidden = [part * scale.to(part.dtype) for part, scale in zip(parts, steps, strict=True)]
+        return grad_head, None, None, None, *grad_hidden
+
+
+def _sweep(  # noqa: PLR0917 - one step of what ``fused_steps`` has
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, row_losses: RowLosses, gradient: Tensor
+) -> Tensor:
+    """Return one step's weighted sum of losses; fill ``gradient`` ``[R, Vd]`` with its gradient by the logits."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    chunk = max(1, _CHUNK_ELEMENTS // len(weight))
+    product = chunk * max(1, _PRODUCT_ELEMENTS // _CHUNK_ELEMENTS)
+    for start in range(0, len(hidden), product):
+        logits = hidden[start : start + product] @ weight.T
+        for offset in range(0, len(logits), chunk):
+            some = logits[offset : offset + chunk]
+            rows = slice(start + offset, start + offset + len(some))
+            loss, slope = row_losses(some.to(wide), targets[rows])
+            total += (loss * row_weights[rows]).sum()
+            gradient[rows] = slope.mul_(row_weights[rows, None])
+    return total
 
 
 def cross_entropy_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +177,9 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 def soft_cross_entropy_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return losses -Σ p log q and gradients q - p; ``targets`` are ``[r, Vd]`` probabilities p."""
     expected = torch.linalg.vecdot(logits, targets.to(logits.dtype))
-    normaliser = torch.logsumexp(logits, dim=-1)
-    gradient = logits.sub_(normaliser[:, None]).exp_().sub_(targets)
-    return normaliser - expected, gradient
+    probs = torch.softmax(logits, dim=-1)
+    normaliser = logits.amax(-1) - probs.amax(-1).log()  # one exponential an element, softmax's own
+    return normaliser - expected, probs.sub_(targets)
 
 
 class CrossEntropy:
@@ -145,13 +192,20 @@ class CrossEntropy:
 
     def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the weighted mean over the steps; tokens outside the draft vocabulary are masked."""
-
-        def of_step(step: int, hidden: Tensor) -> Tensor:
-            labels = target_view.target_to_draft[batch.labels(step)]
-            keep = (batch.mask(step) & (labels >= 0)).float()
-            return fused(hidden, drafter.head(step), labels.clamp(min=0), mean_weights(keep), cross_entropy_rows)
-
-        return _weighted_steps(self.weights, batch, drafter, of_step)
+        check_steps(self.weights, drafter)
+        steps = list(unroll(drafter, batch, len(self.weights)))
+        labels = [target_view.target_to_draft[batch.labels(step)] for step, _ in steps]
+        keep = [(batch.mask(step) & (labels[step] >= 0)).float() for step, _ in steps]
+        return weighted(
+            self.weights,
+            step_terms(
+                drafter,
+                [hidden for _, hidden in steps],
+                [label.clamp(min=0) for label in labels],
+                [mean_weights(rows) for rows in keep],
+                cross_entropy_rows,
+            ),
+        )
 
 
 class DistributionObjective:
@@ -173,12 +227,27 @@ class DistributionObjective:
 
     def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return the weighted mean over the steps."""
-        probs = target_view.probs()
+        check_steps(self.weights, drafter)
+        hidden = [states for _, states in unroll(drafter, batch, len(self.weights))]
+        return weighted(self.weights, self.step_losses(hidden, batch, drafter, target_view.probs()))
 
-        def of_step(step: int, hidden: Tensor) -> Tensor:
-            return self.step_loss(step, hidden, batch, drafter, probs)
+    def step_losses(self, hidden: list[Tensor], batch: DraftBatch, drafter: DraftModel, probs: Tensor) -> list[Tensor]:
+        """Return the mean over the kept rows of every step.
 
-        return _weighted_steps(self.weights, batch, drafter, of_step)
+        Args:
+            hidden: ``[R, H]`` the drafter's normed outputs of the steps, from the first one on.
+            batch: The batch.
+            drafter: Whose LM head is applied.
+            probs: ``[R, Vd]`` of the target; row r at step i is held against its row r + i.
+        """
+        rows = [len(states) - step for step, states in enumerate(hidden)]
+        return step_terms(
+            drafter,
+            [states[:count] for states, count in zip(hidden, rows, strict=True)],
+            [probs[step:] for step in range(len(hidden))],
+            [mean_weights(batch.mask(step)[:count].float()) for step, count in enumerate(rows)],
+            self.row_losses,
+        )
 
     def step_loss(self, step: int, hidden: Tensor, batch: DraftBatch, drafter: DraftModel, probs: Tensor) -> Tensor:
         """Return the mean over the kept rows of one step.
@@ -205,12 +274,32 @@ class ForwardKL(DistributionObjective):
         return soft_cross_entropy_rows(logits, targets)
 
 
-def _weighted_steps(
-    weights: list[float], batch: DraftBatch, drafter: DraftModel, of_step: Callable[[int, Tensor], Tensor]
-) -> LossOutput:
+def step_terms(
+    drafter: DraftModel,
+    hidden: list[Tensor],
+    targets: list[Tensor],
+    row_weights: list[Tensor],
+    row_losses: RowLosses,
+) -> list[Tensor]:
+    """Return the loss of every step; see ``fused_steps``."""
+    if drafter.one_head:
+        return list(fused_steps(hidden, drafter.head(), targets, row_weights, row_losses).unbind())
+    parts = enumerate(zip(hidden, targets, row_weights, strict=True))
+    return [fused(states, drafter.head(step), target, rows, row_losses) for step, (states, target, rows) in parts]
+
+
+def check_steps(weights: list[float], drafter: DraftModel) -> None:
+    """Refuse more steps than a drafter has.
+
+    Raises:
+        ConfigError: It has fewer.
+    """
     if drafter.max_steps is not None and drafter.max_steps < len(weights):
         raise ConfigError(f"ttt_steps is {len(weights)}, but this drafter has {drafter.max_steps} steps: lower it.")
-    terms = [of_step(step, hidden) for step, hidden in unroll(drafter, batch, len(weights))]
+
+
+def weighted(weights: list[float], terms: list[Tensor]) -> LossOutput:
+    """Return the weighted sum of the steps' losses."""
     loss = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
     return LossOutput(loss, {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)})
 
