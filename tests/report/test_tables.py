@@ -8,7 +8,15 @@ import pytest
 from rich.console import Console
 
 from vsdbench.bench.summary import summarise
-from vsdbench.report.tables import MISSING, baseline_rows, print_summary, table_rows, to_csv, to_markdown
+from vsdbench.report.tables import (
+    MISSING,
+    baseline_rows,
+    diagnostic_rows,
+    print_summary,
+    table_rows,
+    to_csv,
+    to_markdown,
+)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +159,53 @@ def test_csv_has_every_result_unrounded(summary):
         assert float(text["speedup_lo"]) == row["speedup_ci"][0]
         assert text["category"] == (row["category"] or "")
         assert [float(x) for x in text["acceptance_by_depth"].split(";")] == row["acceptance_by_depth"]
+
+
+EMPTY = [0] * 8
+COUNTS = {
+    "num_steps": 8, "num_pruned": 1, "num_kept_steps": 4, "num_greedy_steps": 3, "greedy_tokens": 6, "tree_tokens": 10,
+    "kept_by_rank": [7, 2, 0, 1],
+    "calibration": {
+        "count": [4, *EMPTY, 16], "sum_confidence": [0.1, *EMPTY, 15.0], "kept": [0, *EMPTY, 10], "brier_sum": 2.5
+    },
+}  # fmt: skip
+LOOKUP = COUNTS | {"num_pruned": None, "calibration": None}
+
+
+@pytest.fixture
+def diagnosed(make_record):
+    steps = [(4, 4, 4, 5, 1, 1, 0), (4, 4, 4, 5, 1, 1, 0), (4, 4, 1, 2, 1, 1, 0), (4, 4, 1, 2, 1, 1, 0)]
+    steps += [(4, 4, 0, 1, 1, 1, 0)] * 4
+    return summarise(
+        [
+            make_record(steps=steps, method="eagle3-vsd-hour-without-car", diagnostics=COUNTS),
+            make_record(steps=steps, method="ngram", diagnostics=LOOKUP),
+            make_record(steps=steps, method="older"),
+        ]
+    )
+
+
+def test_diagnostics_are_shown_where_asked_for(diagnosed):
+    text = render(diagnosed, 80, diagnostics=True)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    extra = text.removeprefix(render(diagnosed, 80))
+    assert extra != text
+    shown = [line.split()[1:] for line in extra.splitlines() if line.startswith(("eagle3", "ngram", "older"))]
+    assert shown == [
+        ["0", "12", "75", "0.75", "1.25", "0.125", "4"],
+        ["0", MISSING, "75", "0.75", "1.25", MISSING, "4"],
+    ]
+    assert "Greedy path: the drafter's likeliest child" in " ".join(extra.split())
+
+
+def test_a_run_without_diagnostics_says_so(summary):
+    assert diagnostic_rows(summary) == []
+    assert "This run has no diagnostics" in render(summary, 100, diagnostics=True)
+
+
+def test_csv_joins_every_list(diagnosed):
+    rows = {row["drafter"]: row for row in csv.DictReader(io.StringIO(to_csv(diagnosed)))}
+    assert rows["eagle3-vsd-hour-without-car"]["diagnostics_calibration_count"] == "4;0;0;0;0;0;0;0;0;16"
+    assert rows["eagle3-vsd-hour-without-car"]["diagnostics_calibration_accepted"] == "0.0;;;;;;;;;0.625"
+    assert float(rows["ngram"]["diagnostics_tree_path_length"]) == 1.25
+    assert rows["ngram"]["diagnostics_calibration_count"] == rows["older"]["diagnostics_brier"] == ""

@@ -37,6 +37,9 @@ Dtype = Annotated[str, typer.Option(help="auto (measured), bf16, fp16, fp32 or f
 TargetName = Annotated[str | None, typer.Option(help="Another target: hub id, folder, or an embedded model's name.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory, and stop.")]
 Seed = Annotated[int | None, typer.Option(help="Another seed than the file's.")]
+Diagnostics = Annotated[
+    bool, typer.Option("--diagnostics", help="Also where drafters and decoding part: pruned paths, calibration.")
+]
 Results = Annotated[Path | None, typer.Option(help="Folder of runs (default: results/ or $VSDBENCH_RESULTS).")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings. Off by default.")

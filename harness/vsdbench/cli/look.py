@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vsdbench.cli.common import Device, Json, Quiet, Results, app, notes, print_json, verb
+from vsdbench.cli.common import Device, Diagnostics, Json, Quiet, Results, app, notes, print_json, verb
 
 
 @app.command("list")
@@ -35,6 +35,7 @@ def list_(
 def show(
     name: Annotated[str, typer.Argument(help="A suite, recipe, objective, drafter or run.")],
     results: Results = None,
+    diagnostics: Diagnostics = False,
     as_json: Json = False,
 ) -> None:
     """Show one thing: a file as it is, a plug-in's description, a run's table."""
@@ -49,7 +50,7 @@ def show(
 
         if not any(run.name.startswith(name) for run in list_runs(results_dir(results))) and name != "latest":
             raise
-        _show_run(find_run(results_dir(results), name), as_json=as_json)
+        _show_run(find_run(results_dir(results), name), as_json=as_json, diagnostics=diagnostics)
         return
     if as_json:
         print_json({"schema": 1, "kind": kind, "path": str(path) if path else None, "text": text})
@@ -57,7 +58,7 @@ def show(
         typer.echo(f"# {kind}: {path or name}\n{text.rstrip()}")
 
 
-def _show_run(run: Path, *, as_json: bool) -> None:
+def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
     from rich.console import Console
 
     from vsdbench.bench.summary import summarise
@@ -68,7 +69,7 @@ def _show_run(run: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(summary)
     else:
-        print_summary(summary, Console())
+        print_summary(summary, Console(), diagnostics=diagnostics)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import typer
 
 from vsdbench.cli.common import (
     Device,
+    Diagnostics,
     DryRun,
     Dtype,
     Json,
@@ -48,6 +49,7 @@ def run(  # noqa: PLR0917 - a command's options
     ] = None,
     results: Results = None,
     categories: Annotated[bool, typer.Option("--categories", help="Table rows for every category too.")] = False,
+    diagnostics: Diagnostics = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 where the A/A control says that the machine was too noisy.")
     ] = False,
@@ -87,7 +89,7 @@ def run(  # noqa: PLR0917 - a command's options
         if dry_run:
             _print_estimate(name, options, console, as_json=as_json)
         else:
-            summary = _run_one(name, options, console, as_json=as_json, categories=categories)
+            summary = _run_one(name, options, console, as_json=as_json, categories=categories, diagnostics=diagnostics)
             violations += sum(row["lossless"]["violations"] for row in summary["results"] if row["category"] is None)
             noisy += noise(summary)
     if violations:
@@ -99,7 +101,7 @@ def run(  # noqa: PLR0917 - a command's options
         raise GateError(f"{noisy[0]} (The records are kept.)")
 
 
-def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, categories: bool) -> Summary:
+def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, **tables: bool) -> Summary:
     """Run a suite, print what it gave and what that can show, and return its summary."""
     from rich.console import Console
     from rich.text import Text
@@ -114,7 +116,7 @@ def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool,
     if as_json:
         print_json(summary)
     else:
-        print_summary(summary, Console(), categories=categories)
+        print_summary(summary, Console(), **tables)
         if line := detectable_line(summary):
             Console().print(Text(line, style="dim"))
     for sentence in noise(summary):

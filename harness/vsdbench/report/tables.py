@@ -84,6 +84,29 @@ def baseline_rows(summary: Summary) -> list[dict[str, Cell]]:
     return rows
 
 
+def diagnostic_rows(summary: Summary) -> list[dict[str, Cell]]:
+    """Return one row a drafter x mode for which it was recorded how its preference and what was kept differ."""
+    rows = []
+    for result in summary["results"]:
+        found = result.get("diagnostics")
+        if result["category"] is not None or found is None:
+            continue
+        nodes = found["nodes_for_95"]
+        rows.append(
+            {
+                "drafter": Cell(value=result["drafter"]),
+                "T": Cell(value=f"{result['temperature']:g}"),
+                "greedy pruned, %": Cell(value=_percentages([found["greedy_pruned_share"]])),
+                "kept is greedy, %": Cell(value=_percentages([found["accepted_is_greedy_share"]])),
+                "kept of greedy": _estimate(found["greedy_path_length"], None),
+                "kept of tree": _estimate(found["tree_path_length"], None),
+                "Brier score": Cell(value=MISSING if found["brier"] is None else f"{found['brier']:.3f}"),
+                "nodes for 95 %": Cell(value=MISSING if nodes is None else str(nodes)),
+            }
+        )
+    return rows
+
+
 def title(summary: Summary) -> str:
     """Return what was measured on what, in one line."""
     parts = [summary["suite"], summary["target"], " ".join(filter(None, [summary["device"], summary["dtype"]]))]
@@ -105,13 +128,34 @@ def definitions(summary: Summary) -> str:
     )
 
 
-def print_summary(summary: Summary, console: Console, *, categories: bool = False) -> None:
+_DIAGNOSTICS = (
+    "Greedy path: the drafter's likeliest child at every node; pruned where the tree does not hold it down to the "
+    "depth asked for. Kept is greedy: of the steps that kept something, those whose kept path is the greedy one or its "
+    "beginning. Kept of: draft tokens a step. Brier score: of the drafter's confidence against being kept, 0 the best. "
+    "Nodes for 95 %: the smallest budget that holds 95 % of the kept nodes, most probable paths first."
+)
+
+
+def print_diagnostics(summary: Summary, console: Console) -> None:
+    """Print where drafters and decoding part, one row a drafter x mode, and what the columns mean."""
+    rows = diagnostic_rows(summary)
+    console.print()
+    if not rows:
+        console.print(Text("This run has no diagnostics: it has no drafter of our engine, or is from before them."))
+        return
+    console.print(_table(rows, Cell.inline))
+    console.print()
+    console.print(Text(_DIAGNOSTICS, style="dim"))
+
+
+def print_summary(summary: Summary, console: Console, *, categories: bool = False, diagnostics: bool = False) -> None:
     """Print the baselines, one row a drafter x mode, and the definitions; fits 80 columns and uses more if there are.
 
     Args:
         summary: As ``summarise`` gives it.
         console: Its width decides the layout.
         categories: Also rows for single categories.
+        diagnostics: Also the table of where drafters and decoding part.
     """
     console.print(Text(title(summary), style="bold"))
     console.print()
@@ -126,6 +170,8 @@ def print_summary(summary: Summary, console: Console, *, categories: bool = Fals
     else:
         console.print(Text("No drafter was measured in this run."))
     console.print(Text(definitions(summary), style="dim"))
+    if diagnostics:
+        print_diagnostics(summary, console)
 
 
 def to_markdown(summary: Summary, *, categories: bool = True) -> str:
@@ -138,10 +184,14 @@ def to_markdown(summary: Summary, *, categories: bool = True) -> str:
 def to_csv(summary: Summary) -> str:
     """Return every result (all categories) as CSV with unrounded numbers; lists are joined by semicolons."""
     frame = summary_frame(summary)
-    if "acceptance_by_depth" in frame:
-        lists = frame["acceptance_by_depth"]
-        frame["acceptance_by_depth"] = [";".join("" if x is None else repr(x) for x in values) for values in lists]
+    for name in frame.columns:
+        if any(isinstance(value, list) for value in frame[name]):
+            frame[name] = [_joined(value) if isinstance(value, list) else None for value in frame[name]]
     return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _joined(values: Sequence[float | None]) -> str:
+    return ";".join("" if value is None else repr(value) for value in values)
 
 
 # --- layout --------------------------------------------------------------------------------------------------------
@@ -183,8 +233,14 @@ def _table(rows: Sequence[dict[str, Cell]], form: Callable[[Cell], str]) -> Tabl
     return table
 
 
+_FIRST_LINES = (
+    *("speedup vs ", "accepted ", "draft·verify·", "lossless "),
+    *("greedy ", "kept is ", "kept of ", "Brier ", "nodes for "),
+)
+
+
 def _header(name: str) -> Text:
-    for start in ("speedup vs ", "accepted ", "draft·verify·", "lossless "):
+    for start in _FIRST_LINES:
         if name.startswith(start):
             return Text(f"{start.rstrip()}\n{name.removeprefix(start)}")
     return Text(name)
