@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vsdbench.report import plots
 from vsdbench.report.about import RECONSTRUCTED, objectives
-from vsdbench.report.facts import Run, detectable_pct, gaps, merged
+from vsdbench.report.facts import Run, detectable_pct, gaps, merged, plotted
 from vsdbench.report.model import (
     Block,
     Bullets,
@@ -21,8 +21,9 @@ from vsdbench.report.model import (
     named,
     number,
     percent,
+    spelled,
     words,
-)  # fmt: skip
+)
 
 _FEW_PROMPTS = 30
 _SMALL_TARGET_TOKENS = 256
@@ -121,9 +122,9 @@ def misalignment(runs: Sequence[Run]) -> Section | None:
             )
             for row in rows
         ),
-        note="Shares of steps whose drafter-greedy path is not in the tree, and whose accepted path is that path; mean "
-        "lengths of the accepted part along the greedy path and in the tree; Brier score of the drafter's confidence "
-        "against being kept; tree nodes, by confidence, that hold 95 % of what is accepted.",
+        note="Greedy path: the drafter's likeliest token at every depth. Steps whose tree cut it short; steps that "
+        "kept something, and only of it; draft tokens kept a step, of the greedy path and of the tree; Brier score of "
+        "the drafter's confidence against being kept; the smallest tree, by confidence, to hold 95 % of what is kept.",
         wide=True,
     )  # fmt: skip
     text = (
@@ -135,8 +136,11 @@ def misalignment(runs: Sequence[Run]) -> Section | None:
     mode = (rows[0]["mode"], rows[0]["temperature"])
     bins = {
         row["drafter"]: row["diagnostics"]["calibration"]
-        for row in rows
-        if row["diagnostics"].get("calibration") and (row["mode"], row["temperature"]) == mode
+        for row in plotted(runs)
+        if row["category"] is None
+        and row.get("diagnostics")
+        and row["diagnostics"].get("calibration")
+        and (row["mode"], row["temperature"]) == mode
     }
     if bins:
         blocks.append(
@@ -145,7 +149,7 @@ def misalignment(runs: Sequence[Run]) -> Section | None:
                 title="Calibration of the drafters' confidence",
                 note="Share of draft tokens kept, over the drafter's own confidence; on the dashed line the two agree.",
                 alt="Lines of the share of draft tokens kept over the draft confidence, with the diagonal.",
-                figure=plots.calibration_figure(bins, merged(runs)),
+                figure=plots.calibration_figure(bins, merged(runs) | {"results": plotted(runs)}),
             )
         )
     return Section("Misalignment of drafting and decoding", tuple(blocks))
@@ -242,9 +246,8 @@ def _seeds(run: Run) -> str:
         seeds = {s if isinstance(s := arm.get("seeds"), int) else len(s or []) for arm in run.analysis["arms"]} - {0}
         if seeds and max(seeds) >= 3:
             return (
-                f"**Seeds.** {max(seeds)} training seeds an arm; the spread between seeds is part of every "
-                "interval, and is "
-                "itself known from that many only."
+                f"**Seeds.** {spelled(max(seeds)).capitalize()} training seeds an arm; the spread between seeds is "
+                "part of every interval, and is itself known from that many only."
             )
     trained = [name for name, method in run.methods.items() if (method.get("training") or {}).get("tokens")]
     if not trained:

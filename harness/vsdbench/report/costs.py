@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from vsdbench.report import plots
-from vsdbench.report.facts import Row, Run, merged, shown_arms
+from vsdbench.report.facts import Row, Run, merged, plotted
 from vsdbench.report.figures import COLUMN, acceptance_figure
 from vsdbench.report.model import MISSING, Picture, Section, Table, fixed, named, number, percent, words
 
 
 def acceptance(runs: Sequence[Run]) -> Section | None:
     """Return acceptance by depth as a figure, its table as a file."""
-    view = _plotted(runs)
+    view = plotted(runs)
     rows = [row for row in view if row["acceptance_by_depth"]]
     if not rows:
         return None
@@ -100,7 +100,7 @@ def budget_groups(run: Run) -> dict[str, list[tuple[str, int]]]:
 
 def pareto(runs: Sequence[Run]) -> Section | None:
     """Return accepted length against what a step costs."""
-    view = [row for row in _plotted(runs) if row["speedup_baseline"] and row["tokens_per_s"] and row["tau"]]
+    view = [row for row in plotted(runs) if row["speedup_baseline"] and row["tokens_per_s"] and row["tau"]]
     if not view:
         return None
     text = (
@@ -121,7 +121,7 @@ def pareto(runs: Sequence[Run]) -> Section | None:
 
 def time_shares(runs: Sequence[Run]) -> Section | None:
     """Return where decode time goes."""
-    rows = [row for row in _plotted(runs) if row["time_share"]["draft"] is not None]
+    rows = [row for row in plotted(runs) if row["time_share"]["draft"] is not None]
     if not rows:
         return None
     other = max(row["time_share"]["other"] for row in rows)
@@ -196,15 +196,6 @@ def definitions(runs: Sequence[Run]) -> Section | None:
 # --- shared --------------------------------------------------------------------------------------------------------
 
 
-def _plotted(runs: Sequence[Run]) -> list[Row]:
-    """Return overall rows, of an ablation only those of the arms that one plot has room for."""
-    rows = [row for row in merged(runs)["results"] if row["category"] is None]
-    if len(runs) == 1 and runs[0].analysis is not None:
-        shown = set(shown_arms(runs[0].analysis))
-        rows = [row for row in rows if row["drafter"] in shown]
-    return rows
-
-
 def _summary_of(runs: Sequence[Run], rows: list[Row]) -> dict[str, object]:
     return merged(runs) | {"results": rows}
 
@@ -212,7 +203,7 @@ def _summary_of(runs: Sequence[Run], rows: list[Row]) -> dict[str, object]:
 def _left_out(runs: Sequence[Run]) -> str:
     if len(runs) != 1 or runs[0].analysis is None:
         return ""
-    shown, all_arms = {row["drafter"] for row in _plotted(runs)}, {row["drafter"] for row in merged(runs)["results"]}
+    shown, all_arms = {row["drafter"] for row in plotted(runs)}, {row["drafter"] for row in merged(runs)["results"]}
     return "" if shown == all_arms else " Of the arms, the reference, controls and those that change τ most."
 
 

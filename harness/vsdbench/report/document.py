@@ -53,7 +53,7 @@ def _is_contest(runs: Sequence[Run]) -> bool:
 
 def _appendix(runs: Sequence[Run]) -> Section | None:
     tables = [costs.acceptance_table(runs), costs.time_table(runs)]
-    if len(runs) == 1 and runs[0].categories and runs[0].analysis is None:
+    if len(runs) == 1 and runs[0].categories:
         tables.append(results.category_table(runs[0], "speedup"))
     known = tuple(table for table in tables if table is not None)
     return Section("Numbers of the figures", known, inline=True) if known else None
@@ -65,8 +65,6 @@ def _extra_tables(runs: Sequence[Run]) -> tuple[Table, ...]:
         tables += [results.main_table(runs), about.drafters_table(runs), costs.definitions_table(runs)]
     elif any(run.analysis for run in runs):
         tables.append(about.drafters_table(runs))
-    if len(runs) == 1 and runs[0].categories and runs[0].analysis is not None:
-        tables += [results.category_table(runs[0], measure) for measure in ("tau", "speedup")]
     return tuple(tables)
 
 

@@ -55,23 +55,32 @@ def _ablation(run: Run) -> Section:
 
 def findings(analysis: Mapping[str, Any]) -> list[str]:
     """Return in plain words which parts pay: what is established after Holm's adjustment, and what is not."""
-    arms = [arm for arm in analysis["arms"] if arm["name"] != analysis["reference"] and not arm.get("control")]
+    known = [a for a in analysis["arms"] if a["name"] != analysis["reference"] and a["delta_tau_pct"] is not None]
+    arms, controls = ([arm for arm in known if bool(arm.get("control")) is wanted] for wanted in (False, True))
     sure = [arm for arm in arms if _certain(arm["p_tau_holm"])]
-    said = [
-        f"{named(arm['name'])} changes τ by {_with_interval(arm['delta_tau_pct'], arm['delta_tau_ci'])}: "
-        + ("the part pays." if arm["delta_tau_pct"] < 0 else "without it drafts are accepted further.")
-        for arm in sure
-    ]
+    worse, better = ([arm for arm in sure if (arm["delta_tau_pct"] < 0) is wanted] for wanted in (True, False))
     rest = [named(arm["name"]) for arm in arms if arm not in sure]
+    said = []
+    if worse:
+        said.append(f"τ is lower, so that what is taken away pays, in {listed([_told(arm) for arm in worse])}.")
+    if better:
+        said.append(f"τ is higher in {listed([_told(arm) for arm in better])}.")
     if rest:
-        said.append(f"Of {listed(rest)} no change of τ is established.")
-    controls = [arm for arm in analysis["arms"] if arm.get("control") and arm["delta_tau_pct"] is not None]
-    said += [
-        f"The control {named(arm['name'])} differs by {_with_interval(arm['delta_tau_pct'], arm['delta_tau_ci'])} from "
-        f"{named(analysis['reference'])}{'' if _certain(arm['p_tau_holm']) else ', which is not established'}."
-        for arm in controls
-    ]
+        said.append(f"No change of τ is established for {listed(rest)}.")
+    if controls:
+        unsure = [named(arm["name"]) for arm in controls if not _certain(arm["p_tau_holm"])]
+        but = f", of which {listed(unsure)} {'is' if len(unsure) == 1 else 'are'} not established" if unsure else ""
+        said.append(
+            f"Against {named(analysis['reference'])}, the controls differ: "
+            f"{listed([_told(arm) for arm in controls])}{but}."
+        )
+    if analysis.get("equal_tokens") is False:
+        said.append("The arms were not trained on equally many tokens, so a difference may be that of the budget.")
     return said
+
+
+def _told(arm: Mapping[str, Any]) -> str:
+    return f"{named(arm['name'])} by {_with_interval(arm['delta_tau_pct'], arm['delta_tau_ci'])}"
 
 
 def _table(analysis: Mapping[str, Any], suffix: str) -> Table:
@@ -87,7 +96,8 @@ def _table(analysis: Mapping[str, Any], suffix: str) -> Table:
                  "tokens", "target forwards", "seconds"),
         rows=tuple(rows),
         note="Brackets: 95 % intervals, paired, over training seeds and prompts. p: Holm-adjusted over the arms of a "
-        "temperature; bold where it is below 0.05. Budget of one seed: trained tokens, target forwards, seconds.",
+        "temperature and, by themselves, over its controls; bold where it is below 0.05. Budget of one seed: trained "
+        "tokens, target forwards, seconds.",
         num_left=2,
         rules=tuple(rules),
         wide=True,
@@ -99,7 +109,8 @@ def _row(arm: Mapping[str, Any], mode: Mapping[str, Any], reference: str) -> tup
     seeds = arm.get("seeds")
     num_seeds = seeds if isinstance(seeds, int) else len(seeds or [])
     is_reference = arm["name"] == reference
-    off = ", ".join(arm.get("disabled") or []) or ("control" if arm.get("control") else MISSING)
+    changed = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (arm.get("change") or {}).items())
+    off = ", ".join(arm.get("disabled") or []) or changed or ("control" if arm.get("control") else MISSING)
     wall = budget.get("wall_s")
     return (
         words(arm["name"]),

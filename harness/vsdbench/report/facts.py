@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +177,8 @@ def load_run(folder: Path, label: str = "") -> Run:
     """
     manifest = load_manifest(folder)
     records = load_records(folder)
+    if "ablation" in manifest:  # dozens of drafters, whose categories nobody reads and whose intervals take long
+        records = [record.model_copy(update={"category": record.suite}) for record in records]
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else None
     analysis = None
     if "ablation" in manifest:
@@ -230,6 +232,15 @@ def merged(runs: Sequence[Run]) -> Summary:
         for row in run.view["results"]
     ]
     return runs[0].view | {"results": sorted(results, key=lambda row: float(row["temperature"]))}
+
+
+def plotted(runs: Sequence[Run]) -> list[Row]:
+    """Return rows over all prompts, of an ablation only those of the arms that one plot has room for."""
+    rows = [row for row in merged(runs)["results"] if row["category"] is None]
+    if len(runs) == 1 and runs[0].analysis is not None:
+        shown = set(shown_arms(runs[0].analysis))
+        rows = [row for row in rows if row["drafter"] in shown]
+    return rows
 
 
 def same_prompts(first: Run, second: Run) -> bool:
@@ -295,18 +306,15 @@ def _arm(run: Run, mode: Mode, name: str, rows: list[Row], arm: Mapping[str, Any
         "acceptance_by_depth": metrics.acceptance_by_depth(steps),
         "time_share": metrics.time_share(records, steps),
         "lossless": metrics.lossless_counts(records),
-        "diagnostics": _mean_diagnostics([row.get("diagnostics") for row in rows]),
+        "diagnostics": _diagnostics(records),
         "members": [row["drafter"] for row in rows],
     }
 
 
-def _mean_diagnostics(found: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """Return the mean over seeds of every single number; bins are left out."""
-    known = [entry for entry in found if entry]
-    if not known:
+def _diagnostics(records: pd.DataFrame) -> dict[str, Any] | None:
+    """Return the misalignment of all records together, where they recorded it."""
+    if "diagnostics" not in records or not records["diagnostics"].notna().any():
         return None
-    means: dict[str, Any] = {}
-    for name in known[0]:
-        values = [entry[name] for entry in known if isinstance(entry.get(name), int | float)]
-        means[name] = sum(values) / len(values) if values else None
-    return means
+    from vsdbench.bench.diagnostics import misalignment  # noqa: PLC0415 - only runs that recorded it need it
+
+    return misalignment(records["diagnostics"])

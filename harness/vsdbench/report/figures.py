@@ -125,6 +125,15 @@ def save(figure: Figure, stem: Path, kinds: Sequence[str] = ("svg", "png"), layo
     return paths
 
 
+def freeze(figure: Figure, layout: Layout) -> None:
+    """Lay a figure out once and for all, so that it is not done anew (twice) for every format."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        with styled(layout):
+            engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
 def speedup_figure(summary: Summary, layout: Layout = SCREEN) -> Figure:
     """Return bars of the headline speedup, a group a mode, a bar a method, with intervals and a line at 1."""
     rows = [row for row in summary["results"] if row["category"] is None]

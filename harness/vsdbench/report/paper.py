@@ -17,7 +17,7 @@ import typst
 from vsdbench.errors import ConfigError
 from vsdbench.report.document import build
 from vsdbench.report.facts import Run, load_run
-from vsdbench.report.figures import COLUMN, PAGE, save
+from vsdbench.report.figures import COLUMN, PAGE, freeze, save
 from vsdbench.report.model import Document
 from vsdbench.report.render import FORMATS, to_typst
 from vsdbench.store.files import storage_errors, write_atomic
@@ -114,7 +114,9 @@ def _write_figures(document: Document, folder: Path) -> list[Path]:
     paths: list[Path] = []
     with storage_errors(folder):
         for picture in document.pictures:
-            paths += save(picture.figure, folder / picture.name, _PICTURE_KINDS, PAGE if picture.wide else COLUMN)
+            layout = PAGE if picture.wide else COLUMN
+            freeze(picture.figure, layout)
+            paths += save(picture.figure, folder / picture.name, _PICTURE_KINDS, layout)
     return paths
 
 

@@ -21,7 +21,7 @@ from vsdbench.report.model import (
     words,
 )  # fmt: skip
 
-_MAX_PANELS_ROWS = 14
+_MAX_DRAFTERS = 14
 """Drafters that one figure can show; with more, the table is all there is."""
 
 
@@ -34,7 +34,7 @@ def main_results(runs: Sequence[Run]) -> Section:
     single = runs[0] if len(runs) == 1 else None
     if single is not None and single.categories and single.view["results"]:
         blocks += _by_category(single)
-    elif len(_drafters(runs)) <= _MAX_PANELS_ROWS and any(r["speedup"] is not None for r in merged(runs)["results"]):
+    elif len(_drafters(runs)) <= _MAX_DRAFTERS and any(r["speedup"] is not None for r in merged(runs)["results"]):
         blocks.append(
             Picture(
                 name="speedup",
@@ -140,7 +140,7 @@ def _by_category(run: Run) -> list[Block]:
     blocks: list[Block] = []
     drafters = _drafters([run])
     measured = any(row["speedup"] is not None for row in run.view["results"])
-    for mode in run.modes if measured and run.analysis is None and len(drafters) <= _MAX_PANELS_ROWS else ():
+    for mode in run.modes if measured and len(drafters) <= _MAX_DRAFTERS else ():
         label = mode[0] if mode[0] == "greedy" else f"{mode[0]}-t{mode[1]:g}".replace(".", "-")
         blocks.append(
             Picture(
