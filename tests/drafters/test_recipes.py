@@ -9,7 +9,7 @@ import pytest
 from vsdbench.config import content_hash, load_yaml
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.training.contest import members
-from vsdbench_drafters.training.recipe import ObjectiveConfig, load_recipe, make_objective
+from vsdbench_drafters.training.recipe import ObjectiveConfig, load_recipe, make_objective, option_names
 from vsdbench_drafters.training.train import estimate
 
 FOLDER = Path(__file__).parents[2] / "drafters" / "recipes"
@@ -47,9 +47,34 @@ def test_overrides_and_unknown_keys():
         load_recipe(path, ["objective.type=kll"])
 
 
-def test_an_option_that_the_objective_does_not_take():
-    with pytest.raises(ConfigError, match="objective 'kl' does not take"):
-        make_objective(ObjectiveConfig(type="kl", options={"top": 1}))
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ("kl", {"top": 1}, "objective 'kl' has no option 'top'. It takes none."),
+        ("vsd", {"betta": 1}, "objective 'vsd' has no option 'betta'. Did you mean 'beta'?"),
+        ("vsd", {"tree_budgets": 1}, "objective 'vsd' has no option 'tree_budgets'. Did you mean 'tree_budget'?"),
+        ("topk", {"zzz": 1}, "objective 'topk' has no option 'zzz'. Known: k, soft_weight."),
+        ("gto", {"proposals": "tree"}, "objective 'gto' sets 'proposals' itself: remove objective.options.proposals."),
+        ("kl", {"ttt_steps": 1}, "objective.options.ttt_steps is set twice: write it as objective.ttt_steps alone."),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_objective_does_not_take_is_named_with_what_it_takes(objective, options, message):
+    with pytest.raises(ConfigError) as caught:
+        make_objective(ObjectiveConfig(type=objective, options=options))
+    assert str(caught.value) == message
+
+
+def test_an_option_of_the_wrong_type_is_shown():
+    with pytest.raises(ConfigError, match=r"objective 'jsd' cannot use these options, \{'beta': 'half'\}: .*show jsd"):
+        make_objective(ObjectiveConfig(type="jsd", options={"beta": "half"}))
+
+
+def test_options_of_objectives_that_are_not_classes_of_ours():
+    def anything(*, ttt_steps, step_weight, **options):
+        return options
+
+    assert option_names(anything) is None
+    assert option_names(lambda ttt_steps, step_weight, width=1: width) == {"width"}
 
 
 def test_only_what_changes_the_weights_is_hashed():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -10,7 +12,7 @@ from pydantic import Field, model_validator
 
 from vsdbench import registry
 from vsdbench.config import Config, apply_override, load_yaml, parse
-from vsdbench.errors import ConfigError
+from vsdbench.errors import ConfigError, did_you_mean
 from vsdbench.paths import find_data
 from vsdbench.suites.schema import TreeConfig
 from vsdbench_drafters.training.contest import check_fresh, member, split_name
@@ -245,10 +247,44 @@ def make_objective(config: ObjectiveConfig) -> Any:  # noqa: ANN401 - any class 
     """Return the objective that a recipe names.
 
     Raises:
-        ConfigError: Unknown name, or an option that it does not take.
+        ConfigError: Unknown name, an option that it does not take, or a value that is not possible.
     """
     objective = registry.load("vsdbench.objectives", config.type)
+    known = option_names(objective)
+    for name in config.options:
+        if name in _OWN_FIELDS:
+            raise ConfigError(f"objective.options.{name} is set twice: write it as objective.{name} alone.")
+        if known is not None and name not in known:
+            taken = did_you_mean(name, known) or " It takes none."
+            raise ConfigError(f"objective '{config.type}' has no option '{name}'.{taken}")
     try:
         return objective(ttt_steps=config.ttt_steps, step_weight=config.step_weight, **config.options)
     except TypeError as error:
-        raise ConfigError(f"objective '{config.type}' does not take these options ({error}).") from error
+        fixed = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+        if fixed:
+            raise ConfigError(
+                f"objective '{config.type}' sets '{fixed[1]}' itself: remove objective.options.{fixed[1]}."
+            ) from error
+        raise ConfigError(
+            f"objective '{config.type}' cannot use these options, {config.options}: {error}; see "
+            f"`vsdbench show {config.type}`."
+        ) from error
+
+
+_OWN_FIELDS = ("ttt_steps", "step_weight")
+"""Arguments of every objective that a recipe gives beside the options."""
+
+
+def option_names(objective: Callable[..., Any]) -> set[str] | None:
+    """Return the options of an objective, those that it passes on to its base classes too; None: it takes any."""
+    makers: list[Callable[..., Any]] = [objective]
+    if isinstance(objective, type):
+        makers = [vars(cls)["__init__"] for cls in objective.__mro__ if "__init__" in vars(cls)]
+    names: set[str] = set()
+    for maker in makers:
+        parameters = inspect.signature(maker).parameters.values()
+        named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names |= {parameter.name for parameter in parameters if parameter.kind in named and parameter.name != "self"}
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            return names - set(_OWN_FIELDS)
+    return None
