@@ -17,13 +17,15 @@ import pandas as pd
 from vsdbench.bench import metrics, stats
 
 POWER = 0.8
+CONTROL_CONFIDENCE = 0.99
+"""Of quiet runs, how many have controls that all hold 1: a false alarm costs a whole run, so it must be rare."""
 _ROUNDING = 1e-9  # of an interval's end, where the times of both repeats are equal
 
 
 def controls(records: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the A/A control of every baseline x mode x temperature that has two repeats.
 
-    Their intervals are simultaneous: in 95 % of quiet runs all of them hold 1, however many there are (Bonferroni).
+    Their intervals are simultaneous: in 99 % of quiet runs all of them hold 1, however many there are (Bonferroni).
     ``holds`` is None where a single prompt leaves the interval undefined: then nothing is claimed.
 
     Args:
@@ -31,7 +33,7 @@ def controls(records: pd.DataFrame) -> list[dict[str, Any]]:
     """
     groups = records[records["kind"] == "baseline"].groupby(["mode", "temperature", "method"], sort=False)
     repeated = [rows for _, rows in groups if rows["repeat"].nunique() >= 2]
-    confidence = 1 - (1 - stats.CONFIDENCE) / max(len(repeated), 1)
+    confidence = 1 - (1 - CONTROL_CONFIDENCE) / max(len(repeated), 1)
     found = []
     for rows in repeated:
         control = stats.same_method_control(rows, confidence=confidence)
