@@ -95,3 +95,12 @@ def test_estimate_grows_with_the_work(tmp_path, monkeypatch):
     assert 60 < quick["seconds"] < more["seconds"]
     assert quick["bytes"] > 0
     assert estimate(load_recipe(path, ["training.features=online"]))["bytes"] == 0
+
+
+def test_a_step_is_charged_at_the_rate_of_its_architecture(tmp_path, monkeypatch):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    names = ("eagle3-ce-quickstart", "eagle-feature-quickstart", "medusa-ce-quickstart")
+    steps = ["training.epochs=2", "data.num_tokens=1000", "objective.ttt_steps=3"]
+    eagle3, eagle, medusa = (estimate(load_recipe(FOLDER / f"{name}.yaml", steps))["training_s"] for name in names)
+    assert eagle == eagle3
+    assert 0.37 * eagle3 < medusa < 0.59 * eagle3  # what was measured with small and with large vocabularies
