@@ -116,10 +116,14 @@ def paired_seconds_per_token(method: pd.DataFrame, reference: pd.DataFrame) -> p
     Only prompt x turn pairs that both have count, so that an interrupted run compares like with like. Repeats are
     averaged within a turn (their numbers may differ), turns are pooled within the prompt.
     """
-    ours, theirs = _by_turn(method), _by_turn(reference)
-    common = ours.index.intersection(theirs.index)
-    pair = {"method_s": _pool_turns(ours.loc[common]), "reference_s": _pool_turns(theirs.loc[common])}
-    return pd.DataFrame(pair).dropna().rename_axis("unit").sort_index()
+    both = _by_turn(method).join(_by_turn(reference).add_suffix("_reference"), how="inner")
+    sums = both.groupby(level="unit").sum()
+    sums = sums[(sums > 0).all(axis=1)]
+    pair = {
+        "method_s": sums["decode_s"] / sums["num_tokens"],
+        "reference_s": sums["decode_s_reference"] / sums["num_tokens_reference"],
+    }
+    return pd.DataFrame(pair)
 
 
 def time_share(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, float | None]:
