@@ -198,7 +198,8 @@ def headings(output):
 def test_sections_appear_where_there_is_something_to_say(quickstart, hour):
     always = [
         "Set-up", "Results", "Acceptance by depth", "Accepted length against cost", "Where the time goes",
-        "Losslessness", "Training cost", "Published figures", "Accepted length by other definitions", "Limitations", "Reproduction",
+        "Losslessness", "Training cost", "Published figures", "Accepted length by other definitions", "Limitations",
+        "Reproduction",
     ]  # fmt: skip
     assert [title for title in headings(quickstart[0]) if title != "Numbers of the figures"] == always
     assert set(headings(hour[0])) - {"Numbers of the figures"} == {*always, "Tree budget"}
