@@ -1,7 +1,9 @@
 """How many response tokens a second each objective trains at, and where its time goes; run by hand.
 
 The embedded target, the quickstart recipe's data and features, and a drafter of full size. Objectives take turns batch
-by batch, so that a machine that slows down slows all of them; the last column is the ratio to the first objective.
+by batch, so that a machine that slows down slows all of them; ratios are to the first objective. ``tokens/s`` is by the
+clock, ``tokens/CPU-s`` by the processor's time, which other jobs on the machine disturb less; both are medians over the
+batches. Path objectives have the options of the hour contest's arms unless told otherwise.
 
     python benchmarks/training_throughput.py
     python benchmarks/training_throughput.py --objectives kl,vsd,onpolicy --steps 4 --batches 12
@@ -14,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from vsdbench_drafters.training.loop import batch_seed
 from vsdbench_drafters.training.optim import Optimisers, make_optimisers
 from vsdbench_drafters.training.recipe import ObjectiveConfig, TrainingConfig, load_recipe, make_objective
 
+_OPTIONS = "{anchors: 12, share: 0.5, paths: 8, depth: 4}"
 _INSIDE = ("walk", "propose", "score")
 """Methods of path objectives that are timed by themselves: the anchor loss, the proposals, the target's judgement."""
 
@@ -44,7 +48,7 @@ class Runner:
         self.objective = make_objective(ObjectiveConfig(type=name, ttt_steps=steps, options=options))
         self.optimisers: Optimisers = make_optimisers(model, TrainingConfig(lr=1e-4))
         self.spent: dict[str, float] = defaultdict(float)
-        self.tokens = 0
+        self.rates: list[tuple[float, float]] = []
         for method in _INSIDE:
             if hasattr(self.objective, method):
                 setattr(self.objective, method, self._timed(method, getattr(self.objective, method)))
@@ -60,6 +64,7 @@ class Runner:
 
     def step(self, maker: BatchMaker, indices: list[int], seed: int, *, autocast: bool) -> None:
         """Do one optimiser step."""
+        begun = time.process_time()
         marks = [time.perf_counter()]
         maker.drafter = self.model
         batch, view = maker.make(indices, seed=seed)
@@ -74,12 +79,12 @@ class Runner:
         marks.append(time.perf_counter())
         for part, start, stop in zip(("batch", "loss", "backward", "optimiser"), marks, marks[1:], strict=False):
             self.spent[part] += stop - start
-        self.tokens += batch.num_rows
+        self.rates.append((batch.num_rows / (marks[-1] - marks[0]), batch.num_rows / (time.process_time() - begun)))
 
-    @property
-    def seconds(self) -> float:
-        """All time of its steps."""
-        return sum(self.spent[part] for part in ("batch", "loss", "backward", "optimiser"))
+    def medians(self) -> tuple[float, float]:
+        """Return response tokens a second, and a second of the processor: medians over the batches."""
+        wall, processor = zip(*self.rates, strict=True)
+        return median(wall), median(processor)
 
 
 def main() -> None:
@@ -92,13 +97,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", type=Path, help="start from this drafter, so that proposals are real ones")
-    parser.add_argument("--options", default="{}", help="options of path objectives, as YAML")
+    parser.add_argument("--options", default=_OPTIONS, help="options of path objectives, as YAML")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     import yaml  # noqa: PLC0415 - for one option
 
     options = yaml.safe_load(args.options)
-    console = Console()
+    console = Console(width=150)
     found = fetch_model("smollm2-135m-q4", progress=True)
     device = torch.device("cpu")
     dtype = choose_dtype("auto", device)
@@ -124,14 +129,17 @@ def main() -> None:
             runner.step(maker, indices, batch_seed(0, number, 0), autocast=dtype == torch.bfloat16)
             if number == 0:  # the first one warms up
                 runner.spent.clear()
-                runner.tokens = 0
+                runner.rates.clear()
     parts = ["batch", "loss", *_INSIDE, "backward", "optimiser"]
-    table = Table("objective", "tokens/s", "ratio", *[f"{part} ms" for part in parts])
+    columns = ("objective", "tokens/s", "ratio", "tokens/CPU-s", "ratio")
+    table = Table(*columns, *[f"{part} ms" for part in parts])
+    first = runners[0].medians()
     for runner in runners:
-        rate = runner.tokens / runner.seconds
-        first = runners[0].tokens / runners[0].seconds
+        rates = zip(runner.medians(), first, strict=True)
         shown = [f"{1e3 * runner.spent[part] / args.batches:.0f}" if part in runner.spent else "" for part in parts]
-        table.add_row(runner.name, f"{rate:,.0f}", f"{rate / first:.2f}", *shown)
+        table.add_row(
+            runner.name, *[text for rate, of in rates for text in (f"{rate:,.0f}", f"{rate / of:.2f}")], *shown
+        )
     console.print(table)
 
 

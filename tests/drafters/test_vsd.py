@@ -18,7 +18,7 @@ from vsdbench_drafters.objectives.paths import Paths, Scores, merge, sample_path
 from vsdbench_drafters.objectives.token import ForwardKL
 from vsdbench_drafters.objectives.vsd.confidence import penalty
 from vsdbench_drafters.objectives.vsd.estep import EStepSettings, judge, path_metrics
-from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, rejections, soft_targets
+from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, reached, rejections, soft_targets
 from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.objectives.vsd.utility import acceptance, elbo, expected_length, log_validity
 from vsdbench_drafters.objectives.vsd.weighting import (
@@ -298,6 +298,21 @@ def test_each_switch_changes_exactly_its_own_term(world):
         if (t := int(judged.num_accepted[0, s])) < DEPTH
     }
     assert {tuple(index) for index in priced.nonzero().tolist()} == children
+
+
+@pytest.mark.parametrize("model", ["sampled", "tree", "greedy"])
+@pytest.mark.parametrize("targets", ["sampled", "full"])
+def test_contexts_that_no_path_reached_have_nothing_to_learn(model, targets):
+    q, p = tables(8)
+    paths, trie, scores, judged = estimated(q, p, count=6, seed=5, model=model)
+    rows = reached(paths, trie, judged)
+    wanted = soft_targets(MStepSettings(model=model, targets=targets), paths, trie, scores, judged)
+    both = wanted.abs() + rejections(paths, trie, judged, wanted)
+    others = torch.ones(len(trie), dtype=torch.bool)
+    others[rows] = False
+    assert others.any()
+    assert not both[others].any()
+    assert both.sum() > 0
 
 
 def test_switches_of_the_weights():

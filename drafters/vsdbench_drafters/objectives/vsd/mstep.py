@@ -96,6 +96,14 @@ def _expected_tokens(model: Acceptance, paths: Paths, trie: Trie, scores: Scores
 
 
 @torch.no_grad()
+def reached(paths: Paths, trie: Trie, judged: Judged) -> Tensor:
+    """Return ``[r]`` int64, the contexts in which some path's token was tested: no other one has anything to learn."""
+    depth = torch.arange(paths.tokens.shape[-1], device=paths.tokens.device)
+    rows: Tensor = torch.unique(trie.rows[paths.valid & (depth <= judged.num_accepted[..., None])])
+    return rows
+
+
+@torch.no_grad()
 def rejections(paths: Paths, trie: Trie, judged: Judged, like: Tensor) -> Tensor:
     """Return ``[M, Vd]`` 1 - a of every distinct child that the oracle rejected, 0 elsewhere."""
     found = torch.zeros_like(like)

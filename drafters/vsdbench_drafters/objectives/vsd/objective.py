@@ -21,7 +21,7 @@ from vsdbench_drafters.objectives.path_objective import PathObjective, check_cho
 from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, merge, trace
 from vsdbench_drafters.objectives.token import fused
 from vsdbench_drafters.objectives.vsd.estep import EStepSettings, Judged, Sampler, judge, path_metrics
-from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, rejections, soft_targets
+from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, reached, rejections, soft_targets
 
 if TYPE_CHECKING:
     from vsdbench_drafters.objectives.vsd.confidence import Penalty
@@ -113,13 +113,14 @@ class VSD(PathObjective):
             hidden = trace(drafter, branch, trie)
             scores = self.score(batch, drafter, target_view, anchors, trie, hidden)
             judged = judge(self.e_settings, paths, trie, scores, generator)
-            targets = self.targets(paths, trie, scores, judged)
-            known = _Round(anchors, trie, targets, path_metrics(paths, trie, scores, judged), self.m_steps)
+            rows = reached(paths, trie, judged)
+            targets = self.targets(paths, trie, scores, judged)[rows]
+            known = _Round(anchors, trie, rows, targets, path_metrics(paths, trie, scores, judged), self.m_steps)
         if known.left > 1:
             self._rounds[batch.seed] = replace(known, left=known.left - 1)
-        weights = torch.full((len(hidden),), 1 / max(1, len(anchors)), device=hidden.device)
-        rows = path_rows(self.omega, self.car, self.m_settings.car)
-        path_term = fused(hidden, drafter.head(), known.targets, weights, rows)
+        weights = torch.full((len(known.rows),), 1 / max(1, len(anchors)), device=hidden.device)
+        losses = path_rows(self.omega, self.car, self.m_settings.car)
+        path_term = fused(hidden[known.rows], drafter.head(), known.targets, weights, losses)
         metrics = known.metrics | {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)}
         return LossOutput(path_term + self.anchor_loss(terms), metrics | {"loss_paths": path_term.detach()})
 
@@ -132,10 +133,11 @@ class VSD(PathObjective):
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """One E-step of a batch, kept until its last M-step."""
+    """One E-step of a batch, kept until its last M-step: its anchors, contexts, and what those reached shall learn."""
 
     anchors: Tensor
     trie: Trie
+    rows: Tensor
     targets: Tensor
     metrics: dict[str, Tensor]
     left: int
