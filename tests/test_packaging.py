@@ -49,7 +49,7 @@ def test_every_module_is_inside_and_no_test(wheel):
     for folder in ("harness", "drafters"):
         modules = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
         assert modules <= names
-    assert {"vsdbench/py.typed", "vsdbench_drafters/py.typed"} <= names
+    assert {"vsdbench/py.typed", "vsdbench_drafters/py.typed", "vsdbench/report/template/paper.typ"} <= names
     assert not [name for name in names if "cache" in name.split("/")[-1] and not name.endswith(".py")]
     assert not [name for name in names if "test_" in name]
 

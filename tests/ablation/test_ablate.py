@@ -181,6 +181,17 @@ def test_json_is_the_analysis_of_the_records(finished):
     assert printed["arms"][1]["delta_tau_ci"] is not None
 
 
+def test_the_run_shows_its_arms_again(finished):
+    result, run = finished
+    words = ["show", run.name, "--results", str(run.parent)]
+    assert json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout) == json.loads(
+        result.out
+    )
+    shown = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert "ablation of" in shown
+    assert "no-car@0" in shown
+
+
 def test_the_report_is_written_too(finished):
     result, run = finished
     pdf = reports_dir() / f"{run.name}.pdf"

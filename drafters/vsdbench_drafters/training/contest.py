@@ -93,10 +93,14 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
     >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
     {'a': {'b': 1, 'c': 3}}
+    >>> merged({"objective": {"type": "vsd", "ttt_steps": 2, "options": {"car": 0}}}, {"objective": {"type": "kl"}})
+    {'objective': {'type': 'kl', 'ttt_steps': 2}}
     """
     result = copy.deepcopy(first)
     for key, value in second.items():
         if isinstance(value, dict) and isinstance(result.get(key), dict):
+            if key == "objective" and value.get("type", result[key].get("type")) != result[key].get("type"):
+                result[key].pop("options", None)
             result[key] = merged(result[key], value)
         else:
             result[key] = copy.deepcopy(value)

@@ -65,7 +65,17 @@ def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
     from vsdbench.report.tables import print_summary
     from vsdbench.store.store import load_manifest, load_records
 
-    summary = summarise(load_records(run), manifest=load_manifest(run))
+    records, manifest = load_records(run), load_manifest(run)
+    if "ablation" in manifest:
+        from vsdbench.ablation.analysis import analyse
+        from vsdbench.ablation.show import print_result
+
+        result = analyse(records, manifest)
+        if as_json:
+            print_json(result)
+            return
+        print_result(result, Console(highlight=False))
+    summary = summarise(records, manifest=manifest)
     if as_json:
         print_json(summary)
     else:
