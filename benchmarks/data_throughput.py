@@ -1,7 +1,9 @@
-"""Slot-wise decoding against plain batched ``generate``, in one run: tokens a second of each, and their ratio.
+"""Slot-wise decoding against plain batched ``generate``, taking turns: tokens a second of each, and their ratio.
 
 Both answer the same training prompts at the same batch size, temperature mixture aside (plain ``generate`` is greedy).
-Processor seconds are shown beside wall-clock time, because they say more on a machine that is doing other work.
+Plain ``generate`` is halted every few seconds, between two of its steps, for as many seconds of slot-wise decoding in
+its steady state, so that whatever else the machine does slows both alike. Processor seconds are shown beside
+wall-clock time, because they say more on a machine that is doing other work.
 
     python benchmarks/data_throughput.py smollm2-folder --slots 128 --json
 """
@@ -13,13 +15,15 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from vsdbench.models.packed import can_pack, pack
+from vsdbench.models.packed import Switch, can_pack, pack, unpack
 from vsdbench_drafters.training.data import shared_prefix
 from vsdbench_drafters.training.generate import Request, SlotGenerator
 from vsdbench_drafters.training.prompts import PromptSource, load_articles, read_articles
@@ -39,18 +43,53 @@ class _FolderTarget:
         return list(encoded["input_ids"])
 
 
-def _timed(work: Callable[[], int]) -> dict[str, float]:
-    wall, processor = time.perf_counter(), time.process_time()
-    tokens = work()
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return {"tokens": tokens, "tokens_per_s": tokens / wall, "tokens_per_processor_s": tokens / processor}
+@dataclass
+class Clock:
+    """Adds up wall-clock and processor seconds of the stretches between ``start`` and ``stop``, and tokens."""
+
+    tokens: int = 0
+    wall_s: float = 0.0
+    processor_s: float = 0.0
+
+    def start(self) -> None:
+        """Begin a stretch."""
+        self._since = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        """End a stretch."""
+        self.wall_s += time.perf_counter() - self._since[0]
+        self.processor_s += time.process_time() - self._since[1]
+
+    def running_s(self) -> float:
+        """Return wall-clock seconds since ``start``."""
+        return time.perf_counter() - self._since[0]
+
+    def rates(self) -> dict[str, float]:
+        """Return tokens a second by both clocks."""
+        return {
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens / self.wall_s,
+            "tokens_per_processor_s": self.tokens / self.processor_s,
+        }
 
 
-def plain(target: _FolderTarget, prompts: list[list[int]], limit: int) -> int:
-    """Return how many response tokens padded batched ``generate`` made of one batch of prompts."""
+def plain(target: _FolderTarget, prompts: list[list[int]], limit: int, pause: Callable[[], None]) -> int:
+    """Return how many response tokens padded batched ``generate`` made of one batch of prompts.
+
+    Args:
+        target: The model.
+        prompts: Token ids.
+        limit: Longest answer.
+        pause: Called after every step.
+    """
     longest, pad = max(map(len, prompts)), min(target.eos_ids)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def after_step(ids: Tensor, _scores: object, **_: object) -> Tensor:
+        pause()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     output = target.model.generate(
         ids,
         attention_mask=mask,
@@ -58,14 +97,54 @@ def plain(target: _FolderTarget, prompts: list[list[int]], limit: int) -> int:
         do_sample=False,
         pad_token_id=pad,
         eos_token_id=[*target.eos_ids],
+        stopping_criteria=StoppingCriteriaList([after_step]),
     )
     made = output[:, longest:].tolist()
     ends = [next((at + 1 for at, token in enumerate(row) if token in target.eos_ids), len(row)) for row in made]
     return sum(ends)
 
 
-def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Namespace) -> Callable[[], int]:
-    """Return a function that answers prompts for a while, once slots are in their steady state."""
+def alternate(
+    target: _FolderTarget, batch: list[list[int]], limit: int, run_slots: Callable[[float], int], turn_s: float
+) -> dict[str, Clock]:
+    """Return the clocks of both, which took turns until plain ``generate`` was done with its batch.
+
+    Args:
+        target: The model, its linear layers plain.
+        batch: Prompts of plain ``generate``.
+        limit: Longest answer.
+        run_slots: Decodes slot-wise for some seconds and returns the tokens made.
+        turn_s: Seconds of one turn.
+    """
+    clocks = {"plain": Clock(), "slot_wise": Clock()}
+    packs = can_pack(target.model.device, target.model.dtype)  # as a target is loaded for every use but the baseline
+    switch = pack(target.model) if packs else Switch()
+
+    def slots_turn() -> None:
+        switch.on = True
+        clocks["slot_wise"].start()
+        clocks["slot_wise"].tokens += run_slots(turn_s)
+        clocks["slot_wise"].stop()
+        switch.on = False
+
+    def pause() -> None:
+        if clocks["plain"].running_s() >= turn_s:
+            clocks["plain"].stop()
+            slots_turn()
+            clocks["plain"].start()
+
+    switch.on = False
+    clocks["plain"].start()
+    with torch.inference_mode():
+        clocks["plain"].tokens = plain(target, batch, limit, pause)
+    clocks["plain"].stop()
+    slots_turn()
+    unpack(target.model)
+    return clocks
+
+
+def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Namespace) -> Callable[[float], int]:
+    """Return a function that answers prompts for so many seconds; slots are in their steady state when it is called."""
     prefix = shared_prefix(target)
     generator = SlotGenerator(
         target.model,
@@ -83,14 +162,17 @@ def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Nam
         if len(ids) <= 320 and ids[: len(prefix)] == prefix
     )
     answers = generator.stream(fitting)
+    if can_pack(target.model.device, target.model.dtype):
+        pack(target.model)
     for _ in range(2 * options.slots):
         next(answers)
+    unpack(target.model)
 
-    def run() -> int:
-        begun, tokens = time.perf_counter(), 0
-        while time.perf_counter() - begun < options.seconds:
-            tokens += len(next(answers).response_ids)
-        return tokens
+    def run(seconds: float) -> int:
+        begun, before = time.perf_counter(), generator.num_made
+        while time.perf_counter() - begun < seconds:
+            next(answers)
+        return generator.num_made - before
 
     return run
 
@@ -102,7 +184,7 @@ def main() -> None:
     parser.add_argument("--articles", type=Path, help="the JSON file of articles, instead of fetching it")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of slot-wise decoding, after warm-up")
+    parser.add_argument("--turn", type=float, default=5.0, help="seconds after which the two take turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", action="store_true")
@@ -113,11 +195,9 @@ def main() -> None:
     source = PromptSource(articles, seed=0)
     batch = [target.encode_chat(source[index].messages) for index in range(options.slots)]
     results: dict[str, Any] = {"slots": options.slots, "threads": options.threads, "dtype": options.dtype}
-    with torch.inference_mode():
-        results["plain"] = _timed(lambda: plain(target, batch, options.max_new_tokens))
-    if can_pack(target.model.device, target.model.dtype):  # as a target is loaded for every use but the baseline
-        pack(target.model)
-    results["slot_wise"] = _timed(slot_wise(target, source, options))
+    run_slots = slot_wise(target, source, options)
+    clocks = alternate(target, batch, options.max_new_tokens, run_slots, options.turn)
+    results |= {name: clock.rates() for name, clock in clocks.items()}
     for unit in ("tokens_per_s", "tokens_per_processor_s"):
         results[f"ratio_{unit}"] = results["slot_wise"][unit] / results["plain"][unit]
     if options.json:

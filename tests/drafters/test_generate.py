@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from vsdbench.errors import ConfigError
+from vsdbench_drafters.training import slots as slots_module
 from vsdbench_drafters.training.generate import Request, SlotGenerator, ends_in_loop
 from vsdbench_drafters.training.sampling import pick_tokens
 
@@ -155,6 +156,32 @@ def test_eager_models_keep_their_own_attention():
     assert [found[i].response_ids.tolist() for i in range(5)] == [one_by_one(model, p, 24, [2]) for p in prompts]
 
 
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_long_prompts_among_short_ones_find_room(own):
+    model = make_model()
+    model.set_attn_implementation(own)
+    short = [[5, 6, 7, token] for token in range(8, 32)]  # nothing but the prefix and the first token fed
+    prompts = [*short[:12], [5, 6, 7, *range(10, 38)], *short[12:], [5, 6, 7, *range(20, 49)]]
+    answers = [one_by_one(model, prompt, 24, [2]) for prompt in prompts]
+    found = slot_wise(model, prompts, slots=8)
+    assert [found[index].response_ids.tolist() for index in range(len(prompts))] == answers
+
+
+def test_tokens_made_are_counted():
+    model, prompts = make_model(), make_prompts(5)
+    generator = SlotGenerator(model, eos_ids=[2], slots=2, max_prompt_tokens=32, max_new_tokens=8)
+    answers = list(generator.stream(Request(index, prompt) for index, prompt in enumerate(prompts)))
+    assert generator.num_made == sum(len(answer.response_ids) for answer in answers)
+
+
+def test_long_prompts_are_attended_to_as_short_ones_are(monkeypatch):
+    model, prompts = make_model(), make_prompts(5)
+    expected = slot_wise(model, prompts)
+    monkeypatch.setattr(slots_module, "_FUSED_FROM", 0)
+    found = slot_wise(model, prompts)
+    assert all(found[index].response_ids.tolist() == expected[index].response_ids.tolist() for index in range(5))
+
+
 def test_loops_end_answers():
     model = make_model()
     with torch.no_grad():  # a model that only looks at the last token loops sooner or later
@@ -205,6 +232,13 @@ def test_pick_tokens_never_picks_what_is_impossible():
     logits[:, 129:133] = 0.0
     uniforms = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
     assert pick_tokens(logits, torch.ones(3), uniforms).tolist() == [129, 131, 132]
+
+
+def test_pick_tokens_takes_the_first_of_equal_maxima():
+    torch.manual_seed(0)
+    logits = torch.randint(-5, 3, (40, 700)).to(torch.bfloat16)  # every row has many
+    tokens = pick_tokens(logits, torch.zeros(40), torch.zeros(40, dtype=torch.float64))
+    assert tokens.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 def test_pick_tokens_mixes_greedy_and_sampled_rows():

@@ -1,11 +1,10 @@
 """Fast batched decoding of many prompts, because drafters learn from the target's own answers and those cost the most.
 
 A fixed number of slots decodes in step. A slot whose answer ends is given the next prompt at once, so no row idles
-until the longest answer of a batch is done. The cache is allocated once, with keys stored transposed: the score
-product of one query then reads memory in order, which on CPUs is several times faster than a fused attention kernel
-made for long queries. Prompts are prefilled packed end to end, without padding, and a prefix that all prompts share
-(the chat template's system turn) is computed once. Rows are kept sorted by length, and attention reads each group of
-rows only as far as its longest one.
+until the longest answer of a batch is done. The cache is allocated once. Rows are kept sorted by length in groups,
+each dense and only as wide as its longest row needs; one query a row is then two batched products a group, which on
+CPUs are several times faster than a fused attention kernel made for long queries. Prompts are prefilled packed end to
+end, without padding, and a prefix that all prompts share (the chat template's system turn) is computed once.
 
 The model is the stock transformers one: it gets a cache object, explicit masks and positions.
 
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.training.sampling import pick_tokens
-from vsdbench_drafters.training.slots import SlotAttention, SlotCache
+from vsdbench_drafters.training.slots import Group, SlotAttention, SlotCache
 
 StopReason = Literal["eos", "length", "loop"]
 
@@ -34,6 +33,8 @@ _LOOP_CHECK_EVERY = 16
 _LOOP_MAX_PERIOD = 48
 _LOOP_MIN_TOKENS = 48
 _PACK_TOKENS = 512
+_ARRANGE_EVERY = 32
+_COLUMNS_UNIT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ def ends_in_loop(tokens: NDArray[np.int32], repeats: int) -> bool:
     return False
 
 
+def _up(columns: int) -> int:
+    return -(-columns // _COLUMNS_UNIT) * _COLUMNS_UNIT
+
+
 def _packs(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return positions of the sequences that are not empty, in packs of up to 512 tokens (or one longer sequence)."""
     packs: list[list[int]] = []
@@ -101,6 +106,7 @@ class _Rows:
     def __init__(self, slots: int, max_new_tokens: int) -> None:
         self.requests: NDArray[np.object_] = np.full(slots, None, dtype=object)
         self.active = np.zeros(slots, dtype=bool)
+        self.fresh = np.zeros(slots, dtype=bool)  # prompts not yet prefilled
         self.length = np.zeros(slots, dtype=np.int64)  # columns of the cache that are filled
         self.count = np.zeros(slots, dtype=np.int64)  # response tokens so far
         self.token = np.zeros(slots, dtype=np.int64)  # fed in the next step
@@ -129,6 +135,9 @@ class SlotGenerator:
         seed: Keys the sampling noise.
         shared_prefix: Tokens that every prompt begins with (may be empty).
         loop_repeats: Stop an answer after this many exact repetitions of its tail; 0 never stops it.
+
+    Attributes:
+        num_made: Response tokens decoded so far, those of unfinished answers included.
     """
 
     def __init__(
@@ -152,7 +161,6 @@ class SlotGenerator:
         self._loop_repeats = loop_repeats
         self._refill_at = max(1, slots // 16)
         self._group = max(4, slots // 8)
-        self._resort_every = 32
         self._device, self._dtype = model.device, model.dtype
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or [])
@@ -164,9 +172,11 @@ class SlotGenerator:
         self._window: int | None = getattr(config, "sliding_window", None)
         self._mixed = "sliding_attention" in kinds
         self._slides = self._window is not None and (self._mixed or not kinds)
-        columns = -(-(max_prompt_tokens + max_new_tokens) // 32) * 32
-        self._cache = SlotCache(slots, columns, len(self._prefix))
-        self._attention = SlotAttention()
+        self._columns = _up(max_prompt_tokens + max_new_tokens)
+        self._cache = SlotCache(slots, self._columns, len(self._prefix), self._device)
+        self._attention = SlotAttention(self._cache)
+        self._age = 0  # steps since rows were arranged
+        self.num_made = 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Yield the answers in the order in which they end, drawing requests as slots become free.
@@ -176,36 +186,34 @@ class SlotGenerator:
         """
         queue = iter(requests)
         rows = _Rows(self._slots, self._limits[1])
-        in_use, step, exhausted = self._slots, 0, False
+        in_use, exhausted = self._slots, False
         self._cache.reset()
+        with torch.inference_mode():
+            self._arrange(rows, in_use)
         while True:
-            with self._own_attention(), torch.inference_mode():
-                free = np.flatnonzero(~rows.active[:in_use])
-                if not exhausted and (len(free) >= self._refill_at or not rows.active.any()):
-                    exhausted = self._refill(rows, free, queue)
-                if not rows.active.any():
-                    return
+            with self._own_attention() as own, torch.inference_mode():
                 num_active = int(rows.active.sum())
-                if step % self._resort_every == 0 or (exhausted and num_active <= 0.75 * in_use):
-                    self._sort(rows)
-                    in_use = num_active if exhausted else self._slots
-                step += 1
-                finished = self._step(rows, in_use)
+                if not exhausted and (in_use - num_active >= self._refill_at or not num_active):
+                    exhausted = self._refill(rows, queue)
+                    num_active = int(rows.active.sum())
+                if not num_active:
+                    return
+                if exhausted and num_active <= 0.75 * in_use:
+                    in_use = num_active
+                    self._arrange(rows, in_use)
+                elif self._age >= _ARRANGE_EVERY:
+                    self._arrange(rows, in_use)
+                self._age += 1
+                finished = self._step(rows, in_use, own=own)
             yield from finished
 
     # ---- one step ----
 
-    def _step(self, rows: _Rows, in_use: int) -> list[Response]:
+    def _step(self, rows: _Rows, in_use: int, *, own: bool) -> list[Response]:
         """Decode one token in every row in use; return the answers that ended with it."""
-        length = rows.length[:in_use]
-        groups = [
-            (start, min(start + self._group, in_use), -(-int(length[start : start + self._group].max() + 1) // 32) * 32)
-            for start in range(0, in_use, self._group)
-        ]
-        self._attention.groups = groups
-        columns = max(bound for _, _, bound in groups)
-        positions = torch.from_numpy(length.copy()).to(self._device)
-        self._cache.begin_decode(positions, columns)
+        columns = max(group.columns for group in self._cache.groups)
+        positions = torch.from_numpy(rows.length[:in_use].copy()).to(self._device)
+        self._cache.begin_decode(positions, gathers=not own)
         keys = torch.arange(columns, device=self._device)
         logits = self._forward(
             torch.from_numpy(rows.token[:in_use, None].copy()),
@@ -227,6 +235,7 @@ class SlotGenerator:
         rows.token[live] = token[live]
         rows.count[live] += 1
         rows.length[live] += 1
+        self.num_made += len(live)
         at_eos = np.isin(token[live], self._eos)
         at_limit = rows.count[live] >= self._limits[1]
         in_loop = np.zeros(len(live), dtype=bool)
@@ -278,29 +287,39 @@ class SlotGenerator:
 
     # ---- filling and ordering slots ----
 
-    def _refill(self, rows: _Rows, free: NDArray[np.int64], queue: Iterator[Request]) -> bool:
+    def _refill(self, rows: _Rows, queue: Iterator[Request]) -> bool:
         """Prefill as many requests as there are free rows; return whether the queue has run out."""
         if self._prefix and not self._cache.has_prefix:
             self._prefill([self._prefix], None)
-        taken: list[Request] = []
-        for _, request in zip(free, queue, strict=False):
+        free = np.flatnonzero(~rows.active)
+        taken = [request for _, request in zip(free, queue, strict=False)]
+        for request in taken:
             self._check(request)
-            taken.append(request)
-        filled = free[: len(taken)]
-        suffixes = [list(request.prompt_ids[len(self._prefix) : -1]) for request in taken]
+        # Wide rows lie behind narrow ones, so the longest prompts go to the last rows.
+        taken_by_length = sorted(taken, key=lambda request: len(request.prompt_ids))
+        for row, request in zip(free[len(free) - len(taken) :], taken_by_length, strict=True):
+            self._seat(rows, row, request)
+        if any(group.columns < self._needed(rows, group, _ARRANGE_EVERY - self._age) for group in self._cache.groups):
+            self._arrange(rows, self._slots)
+        filled = np.flatnonzero(rows.fresh)
+        rows.fresh[filled] = False
+        if self._prefix and len(filled):
+            self._cache.put_prefix(torch.from_numpy(filled).to(self._device))
+        suffixes = [list(rows.requests[row].prompt_ids[len(self._prefix) : -1]) for row in filled]
         for pack in _packs(suffixes):
             self._prefill([suffixes[position] for position in pack], filled[pack])
-        for row, request in zip(filled, taken, strict=True):
-            rows.requests[row] = request
-            rows.active[row] = True
-            rows.length[row] = len(request.prompt_ids) - 1
-            rows.count[row] = 0
-            rows.token[row] = request.prompt_ids[-1]
-            rows.temperature[row] = request.temperature
-            if request.temperature > 0:
-                key = np.array([self._seed, request.index], dtype=np.uint64)
-                rows.noise[row] = np.random.Generator(np.random.Philox(key=key)).random(self._limits[1])
         return len(taken) < len(free)
+
+    def _seat(self, rows: _Rows, row: np.int64, request: Request) -> None:
+        rows.requests[row] = request
+        rows.active[row] = rows.fresh[row] = True
+        rows.length[row] = len(request.prompt_ids) - 1
+        rows.count[row] = 0
+        rows.token[row] = request.prompt_ids[-1]
+        rows.temperature[row] = request.temperature
+        if request.temperature > 0:
+            key = np.array([self._seed, request.index], dtype=np.uint64)
+            rows.noise[row] = np.random.Generator(np.random.Philox(key=key)).random(self._limits[1])
 
     def _check(self, request: Request) -> None:
         ids, prefix = request.prompt_ids, self._prefix
@@ -323,29 +342,52 @@ class SlotGenerator:
         ids = torch.tensor([[token for sequence in sequences for token in sequence]])
         ends = np.cumsum(lengths).tolist()
         self._attention.spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        self._cache.begin_prefill(None if filled is None else filled.tolist(), lengths)
+        rows = None if filled is None else torch.from_numpy(filled).to(self._device)
+        self._cache.begin_prefill(rows, torch.tensor(lengths, device=self._device))
         self._forward(ids, positions[None], key_positions, visible[None])
         self._cache.end_prefill()
         self._attention.spans = []
 
-    def _sort(self, rows: _Rows) -> None:
-        """Order the rows by length, free ones last, so that groups of rows have about the same length."""
+    def _arrange(self, rows: _Rows, in_use: int) -> None:
+        """Order the rows by length, free ones last, in dense groups that have room for the steps until the next time.
+
+        Args:
+            rows: All of them.
+            in_use: Rows to keep.
+        """
         order = np.lexsort((rows.length, ~rows.active))
-        if not np.array_equal(order, np.arange(len(order))):
-            self._cache.permute(torch.from_numpy(order).to(self._device), int(rows.length.max()) + 1)
-            rows.permute(order)
+        rows.permute(order)
+        groups: list[Group] = []
+        offset = 0
+        for first in range(0, in_use, self._group):
+            end = min(first + self._group, in_use)
+            group = Group(first, end, 0, offset)
+            group = replace(group, columns=min(_up(self._needed(rows, group, _ARRANGE_EVERY)), self._columns))
+            groups.append(group)
+            offset += (end - first) * group.columns
+        kept = torch.from_numpy(order[:in_use]).to(self._device)
+        self._cache.arrange(kept, torch.from_numpy(rows.length[:in_use]).to(self._device), groups)
+        self._age = 0
+
+    def _needed(self, rows: _Rows, group: Group, steps: int) -> int:
+        """Return the columns that the longest row of a group fills in so many steps."""
+        return min(int(rows.length[group.first : group.end].max()) + steps, self._columns)
 
     @contextmanager
-    def _own_attention(self) -> Iterator[None]:
-        """Run the model with the attention of this file, unless it needs its own eager one (soft-capping, sinks)."""
+    def _own_attention(self) -> Iterator[bool]:
+        """Run the model with ``SlotAttention``, unless it needs its own eager one (soft-capping, sinks).
+
+        Yields:
+            Whether it runs with ours.
+        """
         config = self._model.config
         before = config._attn_implementation  # noqa: SLF001 - transformers has no public getter
         if before == "eager":
-            yield
+            yield False
             return
         if before != SlotAttention.NAME:
             self._model.set_attn_implementation(self._attention.register())
         try:
-            yield
+            yield True
         finally:
             self._model.set_attn_implementation(before)

@@ -1,12 +1,16 @@
-"""The cache and the attention of slot-wise decoding: rows of one preallocated buffer, each with a length of its own.
+"""The cache and the attention of slot-wise decoding: rows of different lengths in one preallocated buffer.
 
-Shape legend: S slots, n rows in use, T packed prompt tokens, P prefix tokens, C cache columns, H query heads, G key and
-value heads, D head size.
+Rows lie in groups of about equal length, and a group is dense: as many columns a row as its longest one needs until
+rows are arranged anew. Batched products on a CPU copy an operand that is not dense, and a group that is a slice of a
+wider buffer would be copied whole in every layer of every step.
+
+Shape legend: S slots, n rows in use, T packed prompt tokens, P prefix tokens, C columns of a row, H query heads, G key
+and value heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,24 +19,55 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+_FUSED_FROM = 1024
+"""Prompt tokens from which scores are not held in memory."""
+
+
+class _Places:
+    """Places in the storage, each a row and a column of it, with the heads' vectors there computed when asked for."""
+
+    def __init__(self, before: Tensor, columns: Tensor, column: Tensor) -> None:
+        """Take ``[m]`` columns of other rows before the place's row, columns of that row, and the place's own."""
+        self._before, self._columns, self._column = before, columns, column
+        self._known: dict[int, Tensor] = {}
+
+    def vectors(self, heads: int) -> Tensor:
+        """Return ``[m * G]`` indices into the storage of a layer, the heads of a place together."""
+        if heads not in self._known:
+            head = torch.arange(heads, device=self._before.device)
+            first = self._before[:, None] * heads + self._column[:, None]
+            self._known[heads] = (first + head * self._columns[:, None]).flatten()
+        return self._known[heads]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows ``first`` to ``end`` with ``columns`` columns each; ``offset`` columns of other rows lie before them."""
+
+    first: int
+    end: int
+    columns: int
+    offset: int
+
 
 class SlotCache:
-    """Keys ``[S, G, D, C]`` and values ``[S, G, C, D]`` a layer, with the two calls that models make of a cache.
+    """Keys and values as ``[S * C * G, D]`` a layer, with the two calls that models make of a cache.
 
-    A decode step writes one column a row, at the row's own length. A prefill writes the packed prompts into their
-    rows and lets them attend to the shared prefix and to themselves only.
+    Vector ``c`` of head ``g`` of a row is the ``c``-th of a run of ``group.columns`` vectors; the runs of a row's heads
+    follow one another, and so do the rows of a group. A decode step writes one column a row, at the row's own length.
+    A prefill writes the packed prompts into their rows and lets them attend to the shared prefix and to themselves.
     """
 
-    def __init__(self, slots: int, columns: int, prefix: int) -> None:
-        self._slots = slots
-        self._columns = columns
+    def __init__(self, slots: int, columns: int, prefix: int, device: torch.device) -> None:
+        self.size = slots * columns
         self._num_prefix = prefix
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
-        self._mode = ""
-        self._rows: list[int] | None = None
-        self._lengths: list[int] = []
+        self._before = torch.zeros(slots, dtype=torch.int64, device=device)  # columns of other rows before each row
+        self._columns = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._writes_prefix = self._decodes = self._gathers = False
+        self.groups: list[Group] = []
         self.reset()
 
     def reset(self) -> None:
@@ -41,61 +76,80 @@ class SlotCache:
 
     # ---- what the generator says before a forward ----
 
-    def begin_decode(self, positions: Tensor, columns: int) -> None:
-        """Expect one token a row, to be written at ``positions`` ``[n]`` and to see the first ``columns`` columns."""
-        self._mode = "decode"
-        self._at = positions
-        self._row_ids = torch.arange(len(positions), device=positions.device)
-        self._visible = columns
+    def arrange(self, order: Tensor, lengths: Tensor, groups: list[Group]) -> None:
+        """Move row ``order[i]`` to row ``i`` of new groups, with its first ``lengths[i]`` columns (or all it has).
 
-    def begin_prefill(self, rows: list[int] | None, lengths: Sequence[int]) -> None:
+        Args:
+            order: ``[n]`` rows of the groups so far.
+            lengths: ``[n]``.
+            groups: All rows, in order and without gaps.
+        """
+        lengths = torch.minimum(lengths, self._columns[order])
+        rows, columns = _enumerate(lengths)
+        source = self._places(order[rows], columns)
+        self.groups = groups
+        for group in groups:
+            mine = slice(group.first, group.end)
+            self._columns[mine] = group.columns
+            self._before[mine] = (
+                torch.arange(group.end - group.first, device=order.device) * group.columns + group.offset
+            )
+        target = self._places(rows, columns)
+        for pool in (*self._keys.values(), *self._values.values()):
+            heads = len(pool) // self.size
+            pool.index_copy_(0, target.vectors(heads), pool.index_select(0, source.vectors(heads)))
+
+    def begin_decode(self, positions: Tensor, *, gathers: bool) -> None:
+        """Expect one token a row, to be written at ``positions`` ``[n]``.
+
+        Args:
+            positions: Columns filled so far.
+            gathers: The model's own attention wants ``[n, G, K, D]``; else it is ``SlotAttention`` that will ask.
+        """
+        self._decodes, self._writes_prefix, self._gathers = True, False, gathers
+        rows = torch.arange(len(positions), device=positions.device)
+        self._target = self._places(rows, positions)
+        if gathers:
+            reach = torch.arange(max(group.columns for group in self.groups), device=positions.device)
+            columns = torch.minimum(reach, self._columns[rows, None] - 1).flatten()
+            self._all = self._places(rows.repeat_interleave(len(reach)), columns)
+
+    def begin_prefill(self, rows: Tensor | None, lengths: Tensor) -> None:
         """Expect packed prompts of ``lengths`` tokens for ``rows`` (None: the shared prefix, for every row)."""
-        self._mode = "prefill"
-        self._rows = rows
-        self._lengths = list(lengths)
+        self._decodes, self._writes_prefix, self._gathers = False, rows is None, False
+        if rows is not None:
+            owner, columns = _enumerate(lengths)
+            self._target = self._places(rows[owner], columns + self._num_prefix)
 
     def end_prefill(self) -> None:
         """Note that the prefix is there, if that is what was prefilled."""
-        self.has_prefix = self.has_prefix or self._rows is None
+        self.has_prefix = self.has_prefix or self._writes_prefix
 
-    def permute(self, order: Tensor, columns: int) -> None:
-        """Move row ``order[i]`` to row ``i``; only the first ``columns`` columns are kept."""
-        for keys, values in zip(self._keys.values(), self._values.values(), strict=True):
-            keys[..., :columns] = keys[order, :, :, :columns]
-            values[:, :, :columns] = values[order, :, :columns]
+    def put_prefix(self, rows: Tensor) -> None:
+        """Write the shared prefix into these rows."""
+        owner, columns = _enumerate(torch.full_like(rows, self._num_prefix))
+        self._target = self._places(rows[owner], columns)
+        for layer, (keys, values) in self._prefix.items():
+            self._write(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
 
     # ---- what the model calls ----
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values ``[B, G, q, D]``; return all that the queries may attend to, ``[B, G, K, D]``."""
-        if layer_idx not in self._keys:
-            _, heads, _, size = keys.shape
-            self._keys[layer_idx] = keys.new_zeros(self._slots, heads, size, self._columns)
-            self._values[layer_idx] = values.new_zeros(self._slots, heads, self._columns, values.shape[-1])
-        all_keys, all_values = self._keys[layer_idx], self._values[layer_idx]
-        if self._mode == "prefill":
-            return self._store_prompts(keys, values, layer_idx)
-        all_keys[self._row_ids, :, :, self._at] = keys[:, :, 0]
-        all_values[self._row_ids, :, self._at] = values[:, :, 0]
-        count = len(self._row_ids)
-        return all_keys[:count, :, :, : self._visible].transpose(2, 3), all_values[:count, :, : self._visible]
+        """Store new keys and values ``[B, G, q, D]``; return all that the queries may attend to.
 
-    def _store_prompts(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        all_keys, all_values = self._keys[layer_idx], self._values[layer_idx]
-        start = self._num_prefix
-        if self._rows is None:
+        That is ``[B, G, K, D]``; in a decode step with ``SlotAttention`` the whole storage ``[S * C * G, D]``.
+        """
+        if self._writes_prefix:
             self._prefix[layer_idx] = (keys, values)
-            all_keys[..., :start] = keys.transpose(2, 3)
-            all_values[:, :, :start] = values
             return keys, values
-        offset = 0
-        for row, length in zip(self._rows, self._lengths, strict=True):
-            all_keys[row, :, :, start : start + length] = keys[0, :, offset : offset + length].transpose(1, 2)
-            all_values[row, :, start : start + length] = values[0, :, offset : offset + length]
-            offset += length
-        if not start:
+        self._write(keys, values, layer_idx)
+        if self._gathers:
+            return self._gather(self._keys[layer_idx]), self._gather(self._values[layer_idx])
+        if self._decodes:
+            return self._keys[layer_idx], self._values[layer_idx]
+        if not self._num_prefix:
             return keys, values
         prefix_keys, prefix_values = self._prefix[layer_idx]
         return torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
@@ -104,15 +158,42 @@ class SlotCache:
         """Return 0: positions are always given explicitly."""
         return 0
 
+    # ---- storage ----
+
+    def _places(self, rows: Tensor, columns: Tensor) -> _Places:
+        return _Places(self._before[rows], self._columns[rows], columns)
+
+    def _write(self, keys: Tensor, values: Tensor, layer: int) -> None:
+        for pools, new in ((self._keys, keys), (self._values, values)):
+            heads, size = new.shape[1], new.shape[3]
+            if layer not in pools:
+                pools[layer] = new.new_zeros(self.size * heads, size)
+            pools[layer].index_copy_(0, self._target.vectors(heads), new.transpose(1, 2).reshape(-1, size))
+
+    def _gather(self, pool: Tensor) -> Tensor:
+        heads = len(pool) // self.size
+        found = pool.index_select(0, self._all.vectors(heads))
+        return found.view(self.groups[-1].end, -1, heads, found.shape[-1]).transpose(1, 2)
+
+
+def _enumerate(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return owners and positions of packed sequences.
+
+    >>> _enumerate(torch.tensor([2, 0, 1]))
+    (tensor([0, 0, 2]), tensor([0, 1, 0]))
+    """
+    owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
+    return owner, torch.arange(len(owner), device=lengths.device) - starts[owner]
+
 
 class SlotAttention:
-    """Attention for ``SlotCache``: plain products a group of rows for one query, fused attention for prompts."""
+    """Attention for ``SlotCache``: plain products, one group of rows or one prompt at a time."""
 
     NAME: ClassVar[str] = "vsdbench_slots"
 
-    def __init__(self) -> None:
-        self.groups: list[tuple[int, int, int]] = []
-        """First row, end row and columns to read, for each group of rows of a decode step."""
+    def __init__(self, cache: SlotCache) -> None:
+        self._cache = cache
         self.spans: list[tuple[int, int]] = []
         """Start and end of each packed prompt of a prefill; empty in a decode step."""
 
@@ -137,30 +218,42 @@ class SlotAttention:
 
         Args:
             query: ``[B, H, q, D]``; q is 1 in a decode step, and B is 1 in a prefill.
-            key: ``[B, G, K, D]``, in a decode step a view of transposed storage.
-            value: ``[B, G, K, D]``.
+            key: ``[B, G, K, D]``; in a decode step the storage of the cache.
+            value: As ``key``.
             attention_mask: ``[B, 1, q, K]`` additive.
             dropout: Not used: models run in evaluation mode.
             scaling: Factor of the scores; None means 1 / sqrt(D).
         """
-        batch, heads, num_queries, size = query.shape
-        shared = heads // key.shape[1]
-        factor = size**-0.5 if scaling is None else scaling
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         if self.spans:
             prompts = [
                 _attend_prompt(query, key, value, attention_mask, span=span, factor=factor) for span in self.spans
             ]
             return torch.cat(prompts, dim=1), None
+        batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
+        per_head = len(key) // self._cache.size
+        stacked = query.reshape(batch * per_head, heads // per_head, size)
         outputs = []
-        stacked = query.reshape(batch, key.shape[1], shared * num_queries, size)
-        for first, end, columns in self.groups:
-            rows = slice(first, end)
-            mask = attention_mask[rows, :, :, :columns].expand(-1, key.shape[1], -1, -1).flatten(0, 1)
-            by_key = key[rows, :, :columns].flatten(0, 1).transpose(1, 2)
-            scores = torch.baddbmm(mask, stacked[rows].flatten(0, 1), by_key, alpha=factor)
-            outputs.append(torch.bmm(scores.softmax(dim=-1), value[rows, :, :columns].flatten(0, 1)))
-        output = torch.cat(outputs).reshape(batch, 1, heads, -1)
-        return output, None
+        for group in self._cache.groups:
+            rows = group.end - group.first
+            run = slice(group.offset * per_head, (group.offset + rows * group.columns) * per_head)
+            mask = attention_mask[group.first : group.end, :, :, : group.columns]
+            outputs.append(
+                _attend(
+                    stacked[group.first * per_head : group.end * per_head],
+                    key[run].view(rows * per_head, group.columns, -1),
+                    value[run].view(rows * per_head, group.columns, -1),
+                    mask.expand(-1, per_head, -1, -1).flatten(0, 1),
+                    factor,
+                )
+            )
+        return torch.cat(outputs).reshape(batch, 1, heads, -1), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """Return ``[B, q, D]`` from ``[B, q, D]`` queries, ``[B, K, D]`` keys and values, ``[B, 1 or q, K]`` masks."""
+    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=factor)
+    return torch.bmm(scores.softmax(dim=-1), value)
 
 
 def _attend_prompt(
@@ -181,11 +274,16 @@ def _attend_prompt(
     own = slice(prefix + start, prefix + end)
 
     def reach(packed: Tensor) -> Tensor:
+        if not prefix:
+            return packed[..., own, :]
         return torch.cat([packed[..., :prefix, :], packed[..., own, :]], dim=-2)
 
     heads, groups = query.shape[1], key.shape[1]
     asked = query[:, :, start:end].reshape(1, groups, -1, query.shape[3])
     rows = mask[:, :, start:end]
     rows = torch.cat([rows[..., :prefix], rows[..., own]], dim=-1).repeat(1, 1, heads // groups, 1)
-    output = scaled_dot_product_attention(asked, reach(key), reach(value), attn_mask=rows, scale=factor)
+    if end - start < _FUSED_FROM:
+        output = _attend(asked[0], reach(key)[0], reach(value)[0], rows[0].expand(groups, -1, -1), factor)
+    else:
+        output = scaled_dot_product_attention(asked, reach(key), reach(value), attn_mask=rows, scale=factor)
     return output.reshape(1, heads, end - start, -1).transpose(1, 2)
