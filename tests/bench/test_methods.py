@@ -36,7 +36,9 @@ def plugins(monkeypatch, checkpoint, tmp_path):
 
     def train(recipe, *, target, console):
         asked.trained.append((recipe, target, console))
-        return SimpleNamespace(path=checkpoint, objective="kl", seconds=12.5, tokens=1000, cached=False)
+        return SimpleNamespace(
+            path=checkpoint, objective="kl", seconds=12.5, tokens=1000, target_forwards=7, cached=False
+        )
 
     def build(target, *, checkpoint, options):
         asked.built.append((target, checkpoint, options))
@@ -92,6 +94,7 @@ def test_a_recipe_is_trained_through_the_plug_in(plugins, checkpoint):
         "recipe": "my-recipe",
         "seconds": 12.5,
         "tokens": 1000,
+        "target_forwards": 7,
         "cached": False,
         "checkpoint": "drafter-1",
     }
