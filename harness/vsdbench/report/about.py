@@ -87,10 +87,13 @@ def _what_is_decoded(runs: Sequence[Run]) -> str:
     cites = "".join(f"[[cite:{key}]]" for key in dict.fromkeys(sources) if key in REFERENCES)
     target = "".join(f"[[cite:{key}]]" for key in ("smollm2",) if any("smollm2" in r.summary["target"] for r in runs))
     targets = list(dict.fromkeys(run.summary["target"] for run in runs))
+    baselines = (
+        "both baselines" if all(len({b["name"] for b in r.summary["baselines"]}) > 1 for r in runs) else "a baseline"
+    )
     return (
         f"The suite{'s' if len(suites) > 1 else ''} {listed([named(suite) for suite in suites])}{_space(cites)} "
         f"{'are' if len(suites) > 1 else 'is'} decoded with {listed([named(target) for target in targets])}"
-        f"{_space(target)} at batch size 1 by every drafter and by both baselines on the same weights. "
+        f"{_space(target)} at batch size 1 by every drafter and by {baselines} on the same weights. "
         + _baselines(runs)
         + f" [[table:setup]] has the settings{drafted_with(runs)}."
     )

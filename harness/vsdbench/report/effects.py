@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vsdbench.ablation.grid import describe_change
 from vsdbench.bench.paired import Difference, mean_difference, speed_log_ratios, tau_difference
 from vsdbench.report.facts import Mode, Run, same_prompts
 from vsdbench.report.figures import mode_label
@@ -109,8 +110,11 @@ def _row(arm: Mapping[str, Any], mode: Mapping[str, Any], reference: str) -> tup
     seeds = arm.get("seeds")
     num_seeds = seeds if isinstance(seeds, int) else len(seeds or [])
     is_reference = arm["name"] == reference
-    changed = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (arm.get("change") or {}).items())
-    off = ", ".join(arm.get("disabled") or []) or changed or ("control" if arm.get("control") else MISSING)
+    off = (
+        ", ".join(arm.get("disabled") or [])
+        or describe_change(arm.get("change") or {})
+        or ("control" if arm.get("control") else MISSING)
+    )
     wall = budget.get("wall_s")
     return (
         words(arm["name"]),
