@@ -75,6 +75,15 @@ def test_round_trip_is_one_line_that_begins_with_the_schema(make_record):
     assert parse_record(line, where="here") == record
 
 
+def test_image_tokens_are_in_the_line_where_there_are_any(make_record):
+    text, image = make_record(), make_record(num_image_tokens=9)
+    assert "num_image_tokens" not in text.to_line()
+    assert json.loads(image.to_line())["num_image_tokens"] == 9
+    assert [parse_record(r.to_line(), where="here") for r in (text, image)] == [text, image]
+    with pytest.raises(ValidationError, match=r"num_image_tokens is 11, more than num_prompt_tokens \(10\)"):
+        make_record(num_image_tokens=11)
+
+
 def test_steps_from_engine_steps():
     steps = Steps.from_steps([StepRecord(*STEP), StepRecord(3, 2, 0, 1, 0.123456, 2.0, 0.25)])
     assert steps.num_nodes == (7, 3)

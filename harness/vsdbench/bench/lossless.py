@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from vsdbench.decoding.sampling import SamplingParams, keyed_waits, target_probs
+from vsdbench.models.image_prompt import followed_by
 from vsdbench.store.records import Divergence
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def compare(
     if expected is None or token is None:  # one output is a prefix of the other: an end was missed
         divergence = Divergence(index=index, gap=None, kind="violation", reference_token=expected, token=token)
         return "violation", divergence
-    prefix = [*prompt, *reference[:index]]
+    prefix = followed_by(prompt, reference[:index])
     logits = target.prefill(prefix, len(prefix)).next_logits
     size = float(logits.abs().max())
     if settings.sampling.temperature > 0:

@@ -109,6 +109,10 @@ class TargetState(Protocol):
     """``[L, 4H]`` features of the prompt, for the drafter's own prefill."""
     next_logits: Tensor
     """``[V]`` float32 logits of the token that follows the prompt."""
+    embeddings: Tensor | None
+    """``[L, H]`` what the language model was given at the prompt's tokens, images included; None for text alone."""
+    image_mask: Tensor | None
+    """``[L]`` bool, which of the prompt's tokens stand for images; None for text alone."""
 
     def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep the root and the accepted nodes of the last forward in the cache and drop the rest.

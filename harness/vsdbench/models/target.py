@@ -38,6 +38,8 @@ class SequenceState:
         self.cache = cache
         self.features = features
         self.next_logits = next_logits
+        self.embeddings: Tensor | None = None
+        self.image_mask: Tensor | None = None
 
     def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep the root and the accepted nodes of the last forward; append their tokens and the one that follows."""

@@ -210,7 +210,8 @@ class Record(_Model):
     are steps their ``num_emitted`` add up to ``num_output_tokens - 1``. ``lossless`` is the comparison with the same
     engine's baseline: ``reference`` is that baseline itself, ``unchecked`` where no token-wise comparison is defined.
     ``diagnostics`` is there for drafters in our own engine alone; lines without it (those of baselines, and those from
-    before it was measured) are read, and written back, without it.
+    before it was measured) are read, and written back, without it. ``num_image_tokens`` counts the prompt's tokens that
+    stand for images; lines of text prompts leave it out.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -245,6 +246,7 @@ class Record(_Model):
     stop_reason: Literal["eos", "length", "context"]
 
     num_prompt_tokens: Count
+    num_image_tokens: Count = 0
     num_output_tokens: Annotated[int, Field(ge=1)]
     output_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     prefill_s: Seconds
@@ -270,6 +272,10 @@ class Record(_Model):
                 f"diagnostics are of {found.num_steps} steps and {found.tree_tokens} kept tokens, but there are "
                 f"{counts[0]} and {counts[1]}"
             )
+        if self.num_image_tokens > self.num_prompt_tokens:
+            raise ValueError(
+                f"num_image_tokens is {self.num_image_tokens}, more than num_prompt_tokens ({self.num_prompt_tokens})"
+            )
         if (self.divergence.kind if self.divergence else None) != (
             self.lossless if self.lossless in {"near_tie", "violation"} else None
         ):
@@ -283,7 +289,10 @@ class Record(_Model):
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, newline included."""
-        return self.model_dump_json(exclude={"diagnostics"} if self.diagnostics is None else None) + "\n"
+        left_out = {"diagnostics"} if self.diagnostics is None else set()
+        if not self.num_image_tokens:
+            left_out.add("num_image_tokens")
+        return self.model_dump_json(exclude=left_out) + "\n"
 
 
 def parse_record(line: str | bytes, *, where: str) -> Record:
