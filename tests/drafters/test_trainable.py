@@ -42,6 +42,8 @@ PAIRS = [
     (EAGLE, "type: feature, ttt_steps: 2"),
     (EAGLE, "type: topk, ttt_steps: 2"),
     (EAGLE, "type: vsd, ttt_steps: 2, options: {anchors: 2, paths: 2, depth: 2}"),
+    ("type: msd, draft_vocab_size: 40", "type: feature, ttt_steps: 1"),
+    ("type: vispec, draft_vocab_size: 40, num_q: 3", "type: vsd, options: {anchors: 2, paths: 2, depth: 2}"),
     (MEDUSA, "type: ce, ttt_steps: 2"),
     (MEDUSA, "type: kl, ttt_steps: 2"),
 ]

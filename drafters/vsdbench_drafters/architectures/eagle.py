@@ -31,7 +31,7 @@ from vsdbench_drafters.architectures.one_layer import FIRST_SHARE, DraftLayer, L
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.eagle_drafter import EagleDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter
 
 
 class EagleConfig(LayerConfig):
@@ -59,6 +59,7 @@ class EagleModel(OneLayerModel):
     """
 
     predicts_features: ClassVar[bool] = True
+    config_class: ClassVar[type[EagleConfig]] = EagleConfig
     config: EagleConfig
 
     def __init__(self, config: EagleConfig, embeddings: Tensor, draft_ids: Tensor, head: Tensor) -> None:
@@ -90,9 +91,16 @@ class EagleModel(OneLayerModel):
         return x, x
 
     @classmethod
-    def from_target(cls, target: Target, draft_ids: Tensor, *, seed: int) -> Self:
-        """Return a fresh drafter that predicts a share of the last feature: what the target thought a token ago."""
-        config = EagleConfig.for_target(target, len(draft_ids))
+    def from_target(cls, target: Target, draft_ids: Tensor, *, seed: int, **options: Any) -> Self:  # noqa: ANN401 - of subclasses
+        """Return a fresh drafter that predicts a share of the last feature: what the target thought a token ago.
+
+        Args:
+            target: The target.
+            draft_ids: ``[Vd]`` int64, the target ids of its vocabulary in increasing order.
+            seed: Of the random matrices.
+            **options: Further fields of the config.
+        """
+        config = cls.config_class.for_target(target, len(draft_ids)).model_copy(update=options)
         model = cls(config, target.embed_tokens.weight, draft_ids.to(target.device), _head_rows(target, draft_ids))
         model.randomise(seed)
         with torch.no_grad():
@@ -119,9 +127,7 @@ class EagleModel(OneLayerModel):
                 f"'{target.name}' are {2 * target.hidden_size}: it was trained for another target."
             )
         _check_one_layer(folder, tensors)
-        config = EagleConfig.read(folder).model_copy(
-            update={"bias": "fc.bias" in tensors, "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors}
-        )
+        config = cls.config_class.read(folder).model_copy(update=cls.shown_by(tensors))
         check_vocabulary_size(folder, config.vocab_size, target)
         draft_ids = draft_vocabulary_of(folder, config.draft_vocab_size, tensors, target)
         embeddings = embeddings_of(folder, config.hidden_size, tensors, target)
@@ -129,14 +135,19 @@ class EagleModel(OneLayerModel):
         fill(model, tensors, folder, config.label)
         return model.to(target.device)
 
-    def drafter(self, dtype: torch.dtype) -> EagleDrafter:
+    @classmethod
+    def shown_by(cls, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the fields of the config that a checkpoint's tensors say, whatever its ``config.json`` does."""
+        return {"bias": "fc.bias" in tensors, "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors}
+
+    def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
         """Return the decode-time drafter, with a copy of the weights as they are now."""
         from vsdbench_drafters.architectures.eagle_drafter import EagleDrafter  # noqa: PLC0415 - it imports this module
 
         return EagleDrafter(self, dtype=dtype)
 
 
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> EagleDrafter:
+def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
     """Entry point ``eagle``: load a checkpoint of EAGLE-1 or EAGLE-2 for decoding.
 
     Args:

@@ -18,7 +18,7 @@ class EagleLayer(CachedLayer):
 
     def __init__(self, model: EagleModel, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
-        self._fc_bias = None if model.fc.bias is None else self.cast(model.fc.bias)
+        self.fc_bias = None if model.fc.bias is None else self.cast(model.fc.bias)
 
     def project(self, features: Tensor) -> Tensor:
         """Return the target's last normed hidden states as they are."""
@@ -27,7 +27,7 @@ class EagleLayer(CachedLayer):
     def mix(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``fc`` of both, which is the residual too."""
         x = self.fc(torch.cat([embedded, hidden], dim=-1))
-        x = x if self._fc_bias is None else x + self._fc_bias
+        x = x if self.fc_bias is None else x + self.fc_bias
         return x, x
 
     def log_probs(self, hidden: Tensor) -> Tensor:

@@ -163,13 +163,14 @@ class LayerContext:
     Attributes:
         batch: The batch.
         hidden: ``[R, H]`` outputs that recur in the next step (``[N, H]`` projected features before step 0).
-        keys: ``[N, G, D]`` of step 0 at every slot, the prompt's included. ``values``: likewise.
+        keys: ``[K, G, D]`` of step 0 at every slot that has one, the prompt's included. ``values``: likewise.
         slots: ``[R]`` int64, flat slot index of every row.
         positions: ``[R]`` int64, the same relative to the row's sequence.
-        spans: ``(start, keys, rows)`` of every sequence that has rows: its first token, how many keys of step 0 it
-            has, and which rows are its own.
+        spans: ``(start, keys, rows)`` of every sequence that has rows: its first key of step 0, how many it has, and
+            which rows are its own.
         masks: ``[rows, keys]`` bool of every span: keys behind the row's own slot.
         diagonal_keys: ``[R, G, D]`` of every later step. ``diagonal_values``: likewise.
+        picture: ``[R, H]`` what every row holds of the last image before it; None: nothing.
     """
 
     batch: DraftBatch
@@ -183,6 +184,7 @@ class LayerContext:
     started: bool = False
     diagonal_keys: list[Tensor] = field(default_factory=list)
     diagonal_values: list[Tensor] = field(default_factory=list)
+    picture: Tensor | None = None
 
     def select(self, rows: Tensor) -> LayerContext:
         """Return a context of these rows, ``[n]`` int64, repeats allowed, those of one sequence standing together.
@@ -208,7 +210,23 @@ class LayerContext:
             self.started,
             [key[rows] for key in self.diagonal_keys],
             [value[rows] for value in self.diagonal_values],
+            None if self.picture is None else self.picture[rows],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What enters the layer at step 0 (see ``OneLayerModel.enter``).
+
+    Attributes:
+        x: ``[K, W]`` input of the attention, slot by slot.
+        slots: ``[K]`` int64, the flat indices of the slots that have a key, in increasing order; None: all N have.
+        picture: ``[N, H]`` what every slot holds of the last image before it; None: nothing.
+    """
+
+    x: Tensor
+    slots: Tensor | None = None
+    picture: Tensor | None = None
 
 
 class OneLayerModel(DraftModel):
@@ -248,6 +266,20 @@ class OneLayerModel(DraftModel):
         """
         raise NotImplementedError
 
+    def enter(self, batch: DraftBatch, embedded: Tensor, hidden: Tensor) -> Entered:  # noqa: ARG002 - for subclasses
+        """Return what enters the layer at the slots of a batch; a drafter that treats images apart says here how.
+
+        Args:
+            batch: The batch; ``batch.shows_image`` says at which slots the following token is part of an image.
+            embedded: ``[N, H]`` embeddings of the following tokens, an image's as the target's first layer sees them.
+            hidden: ``[N, H]`` projected features.
+        """
+        return Entered(self.mix(embedded, hidden)[0])
+
+    def recall(self, hidden: Tensor, picture: Tensor | None) -> Tensor:  # noqa: ARG002 - for subclasses
+        """Return ``[n, H]`` hidden states with what the rows hold of an image added (``Entered.picture``)."""
+        return hidden
+
     def randomise(self, seed: int) -> None:
         """Draw all matrices."""
         generator = torch.Generator().manual_seed(seed)
@@ -263,21 +295,30 @@ class OneLayerModel(DraftModel):
     def start(self, batch: DraftBatch) -> LayerContext:
         """Return the context of a batch's rows before any step, keys and values of step 0 included."""
         hidden = self.project(batch.features.to(self.fc.weight.dtype))
-        keys, values = self._prefix(batch, hidden)
+        entered = self.enter(batch, self._following(batch, hidden), hidden)
+        keys, values = self._prefix(batch, entered)
         spans, masks, positions = [], [], []
         for span in batch.spans:
             slots = torch.arange(span.first_slot, span.length - 2, device=hidden.device)
             every = torch.arange(span.length - 2, device=hidden.device)
+            first = span.start
+            if entered.slots is not None:
+                ends = torch.tensor([span.start, span.start + span.length - 2], device=hidden.device)
+                first, stop = torch.searchsorted(entered.slots, ends).tolist()
+                every = entered.slots[first:stop] - span.start
             masks.append(every[None] > slots[:, None])
             positions.append(slots)
-            spans.append((span.start, span.length - 2, slice(span.first_row, span.first_row + span.num_rows)))
-        return LayerContext(batch, hidden, keys, values, batch.slots, torch.cat(positions), spans, masks)
+            spans.append((first, len(every), slice(span.first_row, span.first_row + span.num_rows)))
+        picture = None if entered.picture is None else entered.picture[batch.slots]
+        return LayerContext(
+            batch, hidden, keys, values, batch.slots, torch.cat(positions), spans, masks, picture=picture
+        )
 
     def advance(self, context: LayerContext, tokens: Tensor) -> Tensor:
         """Run one step with ``[R]`` input tokens; return ``[R, H]`` un-normed outputs, which recur in the next step."""
         layer, first = self.layer, not context.started
         hidden = context.hidden[context.slots] if first else context.hidden
-        x, residual = self.mix(self._embed(tokens, hidden), hidden)
+        x, residual = self.mix(self._embed(tokens, hidden), self.recall(hidden, context.picture))
         positions = context.positions + len(context.diagonal_keys) + (0 if first else 1)
         queries = self._rotate(layer.self_attn.q_proj(x), positions)
         if not first:
@@ -291,14 +332,22 @@ class OneLayerModel(DraftModel):
     def _embed(self, tokens: Tensor, like: Tensor) -> Tensor:
         return F.embedding(tokens, self.embeddings).to(like.dtype)
 
-    def _prefix(self, batch: DraftBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of step 0 at every slot, ``[N, G, D]`` each."""
-        layer = self.layer
+    def _following(self, batch: DraftBatch, hidden: Tensor) -> Tensor:
+        """Return ``[N, H]``: at every slot, the embedding of the token that follows, or what stands for it."""
         following = torch.roll(batch.tokens, -1)  # the last slot of a sequence is wrong here, and never attended to
-        x, _ = self.mix(self._embed(following, hidden), hidden)
-        positions = torch.zeros(len(batch.tokens), dtype=torch.int64, device=hidden.device)
+        embedded = self._embed(following, hidden)
+        if batch.image_mask is not None and batch.image_embeddings is not None:
+            embedded[batch.image_mask.nonzero()[:, 0] - 1] = batch.image_embeddings.to(embedded.dtype)
+        return embedded
+
+    def _prefix(self, batch: DraftBatch, entered: Entered) -> tuple[Tensor, Tensor]:
+        """Return keys and values of step 0 at every slot that has one, ``[K, G, D]`` each."""
+        layer, x = self.layer, entered.x
+        positions = torch.zeros(len(batch.tokens), dtype=torch.int64, device=x.device)
         for span in batch.spans:
-            positions[span.start : span.start + span.length] = torch.arange(span.length, device=hidden.device)
+            positions[span.start : span.start + span.length] = torch.arange(span.length, device=x.device)
+        if entered.slots is not None:
+            positions = positions[entered.slots]
         values = layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim)
         return self._rotate(layer.self_attn.k_proj(x), positions), values
 

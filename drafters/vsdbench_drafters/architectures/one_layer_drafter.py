@@ -5,16 +5,17 @@ at load, the key-value cache is preallocated, and a level of the tree is one for
 
 The first C rows of the cache are committed slots (true features). Nodes of the growing tree are written behind them,
 slot after slot, and are forgotten with the next proposal. A node attends to all committed slots, its ancestors and
-itself, at position C - 1 + depth: exactly what training-time test showed the layer.
+itself, at position C - 1 + depth: exactly what training-time test showed the layer. Of a prompt with images, a drafter
+that compresses them has fewer rows than the prompt has slots; positions go on as if it had them all.
 
-Shape legend: C committed slots, n rows of one forward, H width, Vd draft vocabulary, A heads, G key-value heads, D head
-width.
+Shape legend: L prompt tokens, C committed slots, n rows of one forward, H width, Vd draft vocabulary, A heads, G
+key-value heads, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
     from vsdbench_drafters.architectures.one_layer import OneLayerModel
 
 _SPARE_ROWS = 128
+
+
+class PromptRows(NamedTuple):
+    """What a prompt with images puts into the layer.
+
+    Attributes:
+        x: ``[m, W]`` inputs of the attention.
+        residual: ``[m, H]``.
+        positions: ``[m]`` int64, in increasing order.
+    """
+
+    x: Tensor
+    residual: Tensor
+    positions: Tensor
 
 
 class CachedLayer:
@@ -85,6 +100,19 @@ class CachedLayer:
         """Return the attention's input and the residual of n rows, from ``[n, H]`` embeddings and hidden states."""
         raise NotImplementedError
 
+    def enter(self, hidden: Tensor, embedded: Tensor, shows_image: Tensor) -> PromptRows:  # noqa: ARG002 - for subclasses
+        """Return what a prompt with images puts into the layer.
+
+        Args:
+            hidden: ``[L - 1, H]`` projected features.
+            embedded: ``[L - 1, H]`` embeddings of the following tokens, an image's as the target's first layer sees it.
+            shows_image: ``[L - 1]`` bool: slots that are followed by a piece of an image.
+        """
+        return PromptRows(*self.mix(embedded, hidden), torch.arange(len(hidden), device=hidden.device))
+
+    def forget(self) -> None:
+        """Forget the images of the sequence before."""
+
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Return ``[n, Vd]`` float32 log-probabilities of what follows ``[n, H]`` outputs."""
         raise NotImplementedError
@@ -99,10 +127,17 @@ class CachedLayer:
             row: First cache row to write.
             hide: ``[n, m]`` bool, which of the last m keys, the n new ones included, a row must not see; None: of none.
         """
+        return self.run(*self.mix(self.embed(tokens), hidden), positions, row, hide)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return ``[n, H]`` embeddings."""
+        return F.embedding(tokens, self.embeddings)
+
+    def run(self, x: Tensor, residual: Tensor, positions: slice | Tensor, row: int, hide: Tensor | None) -> Tensor:
+        """Run n rows from the attention's input ``[n, W]`` on; arguments and result as those of ``forward``."""
         config = self.config
-        count, stop = len(tokens), row + len(tokens)
+        count, stop = len(x), row + len(x)
         groups, width = config.num_key_value_heads, config.head_dim
-        x, residual = self.mix(F.embedding(tokens, self.embeddings), hidden)
         projected = self.qkv(x) if self.qkv_bias is None else self.qkv(x) + self.qkv_bias
         mixed = projected.view(count, -1, width)
         rotated = config.num_attention_heads + groups
@@ -143,6 +178,7 @@ class OneLayerDrafter:
         self.vocab_size = model.config.vocab_size
         self.d2t = model.d2t
         self._committed = 0
+        self._skipped = 0  # slots of the prompt that have no row
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._root_hidden = self._root_log_probs = torch.empty(0)
 
@@ -150,10 +186,15 @@ class OneLayerDrafter:
     def begin(self, state: TargetState, max_length: int) -> None:
         """Run the layer over the prompt: slot t has the feature of token t and the embedding of token t + 1."""
         self.layer.reserve(max_length + _SPARE_ROWS)
-        self._committed, self._pending = 0, []
+        self.layer.forget()
+        self._committed, self._skipped, self._pending = 0, 0, []
         following = torch.tensor(state.tokens[1:], dtype=torch.int64, device=self.layer.device)
         features = state.features
-        if len(following) > 1:
+        image_mask: Tensor | None = getattr(state, "image_mask", None)  # a target that cannot see has neither
+        seen: Tensor | None = getattr(state, "embeddings", None)
+        if image_mask is not None and seen is not None and len(following) > 1:
+            self._look(features[:-1], following[:-1], image_mask[1:], seen[1:])
+        elif len(following) > 1:
             self._absorb(features[:-1], following[:-1])
         self._pending.append((features[-1:], following[-1:]))
 
@@ -175,7 +216,7 @@ class OneLayerDrafter:
             self._pending = []
             self._root_hidden = self._absorb(features, tokens)[-1:]
             self._root_log_probs = self.layer.log_probs(self._root_hidden)[0]
-        self.layer.reserve(self._committed + shape.depth * max(shape.top_k, shape.budget) + 1)
+        self.layer.reserve(self.num_slots + shape.depth * max(shape.top_k, shape.budget) + 1)
         return grow(Growth(self), shape, temperature=temperature, generator=generator)
 
     @torch.inference_mode()
@@ -187,20 +228,44 @@ class OneLayerDrafter:
     def _absorb(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Append committed slots to the cache; return their ``[n, H]`` outputs."""
         start, count = self._committed, len(tokens)
-        self.layer.reserve(start + count)
-        hide = None
-        if count > 1:
-            own = torch.arange(count, device=tokens.device)
-            hide = own[None] > own[:, None]
+        first = self.num_slots
+        self.layer.reserve(first + count)
+        hide = _later(count, tokens.device) if count > 1 else None
         hidden = self.layer.project(features)
-        output = self.layer.forward(hidden, tokens, slice(start, start + count), start, hide)
+        output = self.layer.forward(hidden, tokens, slice(first, first + count), start, hide)
         self._committed += count
         return output
 
+    def _look(self, features: Tensor, tokens: Tensor, shows: Tensor, seen: Tensor) -> None:
+        """Take in the slots of a prompt with images.
+
+        Args:
+            features: ``[L - 1, 4H]``.
+            tokens: ``[L - 1]`` the following tokens.
+            shows: ``[L - 1]`` bool: those that are pieces of an image.
+            seen: ``[L - 1, H]`` what enters the target's first layer there.
+        """
+        embedded = self.layer.embed(tokens)
+        embedded[shows] = seen[shows].to(embedded.dtype)
+        rows = self.layer.enter(self.layer.project(features), embedded, shows)
+        self._committed, self._skipped = len(rows.x), len(tokens) - len(rows.x)
+        self.layer.run(*rows, 0, _later(len(rows.x), tokens.device))
+
     @property
     def num_committed(self) -> int:
-        """C: slots in the draft cache that stem from true features."""
+        """C: rows in the draft cache that stem from true features."""
         return self._committed
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that these rows stand for, which is the position of the next one."""
+        return self._committed + self._skipped
+
+
+def _later(count: int, device: torch.device) -> Tensor:
+    """Return ``[count, count]`` bool: rows behind the own one."""
+    own = torch.arange(count, device=device)
+    return own[None] > own[:, None]
 
 
 class Growth:
@@ -210,6 +275,7 @@ class Growth:
         self.vocab_size = drafter.vocab_size
         self._layer = drafter.layer
         self._committed = drafter.num_committed
+        self._num_slots = drafter.num_slots
         self._d2t = drafter.d2t
         self._root = drafter._root_log_probs  # noqa: SLF001 - one unit with its drafter
         self._hidden = drafter._root_hidden  # noqa: SLF001 - row s + 1 is slot s
@@ -228,7 +294,7 @@ class Growth:
             hidden = self._hidden.expand(count, -1)
         else:
             hidden = self._hidden[torch.tensor(parent_slots, device=tokens.device) + 1]
-        position = self._committed - 1 + depth
+        position = self._num_slots - 1 + depth
         row = self._committed + first
         output = self._layer.forward(hidden, tokens, slice(position, position + 1), row, self._hide(first, count))
         self._hidden = torch.cat([self._hidden, output])

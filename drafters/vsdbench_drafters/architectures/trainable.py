@@ -17,6 +17,8 @@ _MODELS = {
     "eagle3": ("vsdbench_drafters.architectures.eagle3", "Eagle3Model"),
     "eagle": ("vsdbench_drafters.architectures.eagle", "EagleModel"),
     "medusa": ("vsdbench_drafters.architectures.medusa", "MedusaModel"),
+    "msd": ("vsdbench_drafters.architectures.msd", "MsdModel"),
+    "vispec": ("vsdbench_drafters.architectures.vispec", "ViSpecModel"),
 }
 
 

@@ -47,6 +47,19 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """Which tokens of packed sequences stand for pieces of images, and what the target sees there.
+
+    Attributes:
+        mask: ``[N]`` bool.
+        embeddings: ``[M, H_target]`` what enters the target's first layer at those M tokens, in order.
+    """
+
+    mask: Tensor
+    embeddings: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DraftBatch:
     """A packed batch.
 
@@ -57,6 +70,8 @@ class DraftBatch:
         slots: ``[R]`` int64, flat slot index of every row.
         ends: ``[R]`` int64, flat index just behind the last token of the row's sequence.
         seed: For whatever an objective draws; the loop gives each batch of a training its own.
+        image_mask: ``[N]`` bool, tokens that stand for a piece of an image; None: there is no image in the batch.
+        image_embeddings: ``[M, H_target]`` what enters the target's first layer at those tokens, in order.
     """
 
     tokens: Tensor
@@ -65,19 +80,31 @@ class DraftBatch:
     slots: Tensor
     ends: Tensor
     seed: int = 0
+    image_mask: Tensor | None = None
+    image_embeddings: Tensor | None = None
 
     @classmethod
     def pack(
-        cls, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], features: Tensor, *, seed: int = 0
+        cls,
+        sequences: Sequence[Sequence[int]],
+        prompt_lens: Sequence[int],
+        features: Tensor,
+        *,
+        seed: int = 0,
+        images: ImageTokens | None = None,
     ) -> DraftBatch:
         """Return the batch of these sequences; ``features`` are ``[N, 4H]`` in the same order.
 
-        A sequence without a response token to predict contributes no row.
+        A sequence without a response token to predict contributes no row, and neither does a slot that is followed by
+        a piece of an image. ``images`` are those of all sequences, None where there are none.
         """
         spans, slots, ends, start, row = [], [], [], 0, 0
         for sequence, prompt_len in zip(sequences, prompt_lens, strict=True):
             # Slot t predicts token t + 2, so the first response token (index prompt_len) belongs to prompt_len - 2.
-            first_slot = min(max(prompt_len - 2, 0), max(len(sequence) - 2, 0))
+            first = prompt_len - 2
+            if images is not None:
+                first = max([first, *images.mask[start : start + len(sequence)].nonzero()[-1:, 0].tolist()])
+            first_slot = min(max(first, 0), max(len(sequence) - 2, 0))
             span = Span(start, len(sequence), first_slot, row)
             if span.num_rows > 0:
                 spans.append(span)
@@ -95,7 +122,14 @@ class DraftBatch:
             torch.cat([empty, *slots]).to(device),
             torch.cat([empty, *ends]).to(device),
             seed,
+            None if images is None else images.mask.to(device),
+            None if images is None else images.embeddings.to(device),
         )
+
+    @property
+    def shows_image(self) -> Tensor | None:
+        """``[N]`` bool: slots that are followed by a piece of an image; None: there is no image in the batch."""
+        return None if self.image_mask is None else torch.roll(self.image_mask, -1)
 
     @property
     def num_rows(self) -> int:

@@ -42,7 +42,7 @@ class FeatureRegression(ForwardKL):
     """
 
     name = "feature"
-    architectures: ClassVar[tuple[str, ...] | None] = ("eagle",)
+    architectures: ClassVar[tuple[str, ...] | None] = ("eagle", "msd", "vispec")
 
     def __init__(
         self,

@@ -42,7 +42,8 @@ class PathObjective(ForwardKL):
         tree_top_k: Children scored a node.
     """
 
-    architectures: ClassVar[tuple[str, ...] | None] = ("eagle3", "eagle")  # all contexts are scored by one LM head
+    # All contexts are scored by one LM head.
+    architectures: ClassVar[tuple[str, ...] | None] = ("eagle3", "eagle", "msd", "vispec")
 
     def __init__(
         self,

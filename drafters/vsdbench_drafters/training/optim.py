@@ -61,7 +61,7 @@ def make_optimisers(model: nn.Module, config: TrainingConfig) -> Optimisers:
     for parameter in head:
         parameter.requires_grad_(config.head_lr > 0)
     matrices = [p for name, p in named.items() if p.dim() == 2 and not name.startswith("lm_head.")]
-    vectors = [p for p in named.values() if p.dim() == 1]
+    vectors = [p for p in named.values() if p.dim() != 2]  # and queries of an attention to an image
     groups = [{"params": vectors, "lr": config.vector_lr, "peak_lr": config.vector_lr, "weight_decay": 0.0}]
     if config.head_lr > 0:
         groups.append({"params": head, "lr": config.head_lr, "peak_lr": config.head_lr})

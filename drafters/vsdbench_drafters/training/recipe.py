@@ -56,8 +56,33 @@ class MedusaArchitecture(Config):
     num_layers: int = Field(default=1, ge=1, le=4)
 
 
+class MsdArchitecture(Config):
+    """MSD (arXiv 2505.14260): EAGLE-1/2's layer, which sees an image's pieces as the target's first layer does.
+
+    Attributes:
+        draft_vocab_size: Vd, how many rows of the target's LM head are used.
+    """
+
+    type: Literal["msd"]
+    draft_vocab_size: int = Field(default=8192, ge=16)
+
+
+class ViSpecArchitecture(Config):
+    """ViSpec (arXiv 2509.15235): EAGLE-1/2's layer, which reads an image as a few vectors.
+
+    Attributes:
+        draft_vocab_size: Vd, how many rows of the target's LM head are used.
+        num_q: Vectors of an image: all but one stand in its place, one is added to the text behind it.
+    """
+
+    type: Literal["vispec"]
+    draft_vocab_size: int = Field(default=8192, ge=16)
+    num_q: int = Field(default=2, ge=1, le=256)
+
+
 ArchitectureConfig: TypeAlias = Annotated[
-    Eagle3Architecture | EagleArchitecture | MedusaArchitecture, Field(discriminator="type")
+    Eagle3Architecture | EagleArchitecture | MedusaArchitecture | MsdArchitecture | ViSpecArchitecture,
+    Field(discriminator="type"),
 ]
 """Which drafter is trained, by its ``type``."""
 

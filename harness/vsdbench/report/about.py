@@ -35,6 +35,9 @@ REFERENCES = {
     "eagle": "Li et al. EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty. arXiv 2401.15077.",
     "medusa": "Cai et al. Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads. "
     "arXiv 2401.10774.",
+    "msd": "Lin et al. Speculative Decoding Reimagined for Multimodal Large Language Models. arXiv 2505.14260.",
+    "vispec": "Kang et al. ViSpec: Accelerating Vision-Language Models with Vision-Aware Speculative Decoding. "
+    "arXiv 2509.15235.",
     "distillspec": "Zhou et al. DistillSpec: Improving Speculative Decoding via Knowledge Distillation. "
     "arXiv 2310.08461.",
     "hass": "Zhang et al. Learning Harmonized Representations for Speculative Sampling. arXiv 2408.15766.",
@@ -50,7 +53,10 @@ REFERENCES = {
     "holm": "S. Holm. A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6, "
     "1979.",
 }
-_TYPES = {"eagle3": "eagle3", "eagle": "eagle", "medusa": "medusa", "draft_model": "leviathan"}
+_TYPES = {
+    "eagle3": "eagle3", "eagle": "eagle", "medusa": "medusa", "msd": "msd", "vispec": "vispec",
+    "draft_model": "leviathan",
+}  # fmt: skip
 _OBJECTIVES = {
     "vsd": "vsd", "gto": "gto", "eal": "eal", "rkl": "distillspec", "jsd": "distillspec", "tvd": "distillspec",
     "topk": "hass", "lk": "lk", "onpolicy": "distillspec", "feature": "eagle",

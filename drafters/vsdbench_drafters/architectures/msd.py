@@ -1,0 +1,68 @@
+"""MSD (arXiv 2505.14260): an EAGLE layer for targets that see, in which visual tokens pass the fusion by.
+
+EAGLE's ``fc`` mixes the target's feature with the embedding of the token that follows. For a piece of an image both
+say the same and neither is a word, so MSD feeds such a slot the image's own embedding, as it enters the target's first
+layer, and leaves ``fc`` to the text: ``h = fc([embed(next token), feature])`` at slots followed by text, ``h = image
+embedding`` at slots followed by a piece of an image. All else is EAGLE-1/2's, tensor names too, so a public checkpoint
+of MSD loads, and one of EAGLE (a drafter trained on text alone) does as well.
+
+The source trains on text first and then on more and more images; here that is a matter of the recipe: a warm start on
+text, and ``data.text_share`` of the data that follows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vsdbench_drafters.architectures.checkpoints import checkpoint_folder
+from vsdbench_drafters.architectures.eagle import EagleConfig, EagleModel
+from vsdbench_drafters.architectures.one_layer import Entered
+
+if TYPE_CHECKING:
+    from vsdbench.models.target import Target
+    from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter
+    from vsdbench_drafters.objectives.base import DraftBatch
+
+
+class MsdConfig(EagleConfig):
+    """Dimensions of one drafter."""
+
+    label: ClassVar[str] = "MSD"
+    described_as: ClassVar[dict[str, Any]] = {"architectures": ["LlamaForCausalLMMsd"]}
+
+
+class MsdModel(EagleModel):
+    """The trainable drafter; its tensors are those of an EAGLE checkpoint."""
+
+    config_class: ClassVar[type[EagleConfig]] = MsdConfig
+
+    def enter(self, batch: DraftBatch, embedded: Tensor, hidden: Tensor) -> Entered:
+        """Return ``fc`` of both at slots followed by text, the embedding as it is at those followed by an image."""
+        fused, _ = self.mix(embedded, hidden)
+        if batch.shows_image is None:
+            return Entered(fused)
+        return Entered(torch.where(batch.shows_image[:, None], embedded.to(fused.dtype), fused))
+
+    def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
+        """Return the decode-time drafter, with a copy of the weights as they are now."""
+        from vsdbench_drafters.architectures.msd_drafter import MsdDrafter  # noqa: PLC0415 - it imports this module
+
+        return MsdDrafter(self, dtype=dtype)
+
+
+def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
+    """Entry point ``msd``: load a checkpoint of MSD, or of EAGLE-1/2, for decoding.
+
+    Args:
+        target: The target it drafts for.
+        checkpoint: The checkpoint folder.
+        options: None are known.
+
+    Raises:
+        ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
+    """
+    return MsdModel.load(checkpoint_folder("msd", checkpoint, options), target).drafter(target.dtype)
