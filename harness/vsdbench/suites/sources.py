@@ -265,7 +265,23 @@ class JsonlSource(SourceBase):
     path: str
 
 
-Source = Annotated[HubSource | WheelSource | JsonlSource, Field(discriminator="loader")]
+class ScenesSource(SourceBase):
+    """Rendered pictures (``vsdbench.pictures.scenes``), each asked one question, the categories in turn.
+
+    Their columns are ``id``, ``category``, ``question``, ``answer`` and ``image``.
+
+    Attributes:
+        split: Which part of all scenes; training never uses those of ``suite``.
+        count: Scenes, from the first.
+    """
+
+    loader: Literal["scenes"]
+    fields: Fields = Fields(prompt="question", category="category", id="id", images=("image",))
+    split: Part = "suite"
+    count: int = Field(ge=1)
+
+
+Source = Annotated[HubSource | WheelSource | JsonlSource | ScenesSource, Field(discriminator="loader")]
 
 
 def template_columns(template: str) -> list[str]:
