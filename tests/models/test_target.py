@@ -284,5 +284,5 @@ def test_bfloat16_stays_near_the_exact_forward_and_a_wrong_mask_does_not(family,
     causal = torch.ones(len(TREE) + 1, len(TREE) + 1, dtype=torch.bool, device=device).tril()
     monkeypatch.setattr("vsdbench.models.target.ancestor_mask", lambda *_: causal)
     wrong = worst()
-    assert right < 0.1
+    assert right < 0.15
     assert wrong > 2 * right

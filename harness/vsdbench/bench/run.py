@@ -226,6 +226,7 @@ def _create(  # noqa: PLR0917 - what a manifest is made of
         "device": target.device.type,
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.attention,
+        "layers": target.layers_are,
         "methods": _describe(methods),
         "machine": machine(),
         **extra,

@@ -64,7 +64,7 @@ def pack(model: nn.Module) -> Switch:
             module.__class__ = PackedLinear
             module.switch = switch  # type: ignore[assignment]
             # Neither a parameter nor a buffer, so it is never saved.
-            object.__setattr__(module, "packed", _lay_out(module.weight.detach()))
+            object.__setattr__(module, "packed", lay_out(module.weight.detach()))
     return switch
 
 
@@ -84,12 +84,13 @@ def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """
     if not can_pack(weight.device, weight.dtype):
         return lambda rows: linear(rows, weight)
-    packed = _lay_out(weight)
+    packed = lay_out(weight)
     return lambda rows: _multiply(rows, packed, None)
 
 
 # The two operations below are what torch.compile itself puts in the place of a frozen linear layer on a CPU.
-def _lay_out(weight: Tensor) -> Tensor:
+def lay_out(weight: Tensor) -> Tensor:
+    """Return a packed copy of a weight ``[out, in]``."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)  # noqa: SLF001
     return packed
 

@@ -26,6 +26,7 @@ from vsdbench.decoding.interfaces import TargetOutput, TokenTree
 from vsdbench.decoding.tree import ancestor_mask
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
+from vsdbench.models.fused import FusedLayers, agree, can_fuse
 from vsdbench.models.kv_cache import PreallocatedCache
 from vsdbench.models.packed import can_pack, pack, unpack
 
@@ -60,6 +61,7 @@ class Target:
         max_positions: Tokens that its position embedding allows.
         feature_layers: The three layers whose inputs are the features, ``(2, n // 2, n - 3)`` as in EAGLE-3.
         eos_ids: Tokens that end an answer.
+        fused_layers: What runs in the place of the model's own layers; None where those run.
     """
 
     def __init__(
@@ -102,6 +104,8 @@ class Target:
         self._hooks: list[RemovableHandle] = []
         self._watch()
         self._cache: PreallocatedCache | None = None
+        self.fused_layers: FusedLayers | None = None
+        self._fuse()
 
     @classmethod
     def load(
@@ -146,12 +150,13 @@ class Target:
         self.config.num_hidden_layers = self.num_layers = count
         self._cache = None
         self._watch()
+        self._fuse()
 
     def prepare_sharding(self, device: torch.device) -> nn.ModuleList:
         """Return the decoder layers, as plain as they were loaded, for a caller that moves the model to ``device``."""
         if self._packing is not None:
             unpack(self.model)
-            self._packing = None
+            self._packing = self.fused_layers = None
         self.device = device
         return self._layers()
 
@@ -262,9 +267,18 @@ class Target:
             cache: Where keys and values go.
             logits_to_keep: Rows of logits wanted; 0 means all.
         """
+        masks = self._masks(positions, visible, key_positions)
+        if self.fused_layers is not None:
+            embedded = self.embed_tokens(ids)
+            kept: dict[int, Tensor] = dict.fromkeys(self.feature_layers, embedded)
+            last = self.fused_layers(embedded, positions, masks, cache, kept)
+            self._entering, self._last = kept, last[None]
+            head: nn.Module = self.model.get_output_embeddings()
+            rows: Tensor = head(last[-logits_to_keep:])  # all of them if 0
+            return rows
         output = self.model(
             input_ids=ids[None],
-            attention_mask=self._masks(positions, visible, key_positions),
+            attention_mask=masks,
             position_ids=positions[None],
             cache=cache,
             use_cache=True,
@@ -291,6 +305,28 @@ class Target:
         if not self._layer_types:  # Mistral: every layer slides
             return windowed
         return {"full_attention": additive(visible), "sliding_attention": windowed}
+
+    # ---- the layers ----
+
+    def _fuse(self) -> None:
+        """Take the fused layers in the place of the model's own, if there are such and both say the same."""
+        self.fused_layers = None
+        layers = self._layers()
+        decoder = self.model.get_decoder()
+        if not can_fuse(decoder, self.config, self.attention):
+            return
+        probe = [index * 7 % self.vocab_size for index in range(5)]
+        own = self.prefill(probe, len(probe)).features
+        self.fused_layers = FusedLayers(decoder, layers, self.config)
+        ours = self.prefill(probe, len(probe)).features
+        if not agree(ours, own):
+            self.fused_layers = None
+        self._cache = None  # it was made outside of any decoding, for the probe alone
+
+    @property
+    def layers_are(self) -> str:
+        """``fused``, or ``own`` where the model's own code runs its layers."""
+        return "own" if self.fused_layers is None else "fused"
 
     # ---- features ----
 

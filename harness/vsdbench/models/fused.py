@@ -1,0 +1,197 @@
+"""The decoder layers of Llama's family with the fewest operations that a CPU needs for a step.
+
+A step of a small model on a CPU is short, and half of it is not matrix products: forty small operations a layer, each
+with its own call. Here the same weights go through a third of them: queries, keys and values are one product, the
+activation, the gating and both residual sums happen inside products, and rotary embeddings take three operations.
+
+The model's own code stays what is right: ``fuse`` compares both over a small tree and keeps the model's own layers
+where they do not agree, and so do devices, dtypes and architectures that this was not made for.
+
+Shape legend: n rows of one forward, K keys (cached ones and the n new ones), H hidden size, A query heads, G key-value
+heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vsdbench.models import attention
+from vsdbench.models.packed import PackedLinear, lay_out
+
+if TYPE_CHECKING:
+    from vsdbench.models.kv_cache import PreallocatedCache
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Text models whose layers are: norm, rotary attention, sum, norm, gated SiLU network, sum."""
+LARGEST_BYTES = 8 << 30
+"""Weights up to which a second packed copy of queries, keys and values is afforded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Packed weights and the rest of one layer.
+
+    Attributes:
+        norm: ``[H]``. ``mlp_norm``: likewise.
+        qkv: Joined weights of queries, keys and values, packed, and their joined ``bias``.
+        head_norms: ``[D]`` weights of the norms of queries and of keys, where there are such.
+        out, gate, up, down: Packed weights and biases.
+    """
+
+    norm: Tensor
+    mlp_norm: Tensor
+    qkv: tuple[Tensor, Tensor | None]
+    head_norms: tuple[Tensor, Tensor] | None
+    out: tuple[Tensor, Tensor | None]
+    gate: tuple[Tensor, Tensor | None]
+    up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+
+
+class FusedLayers:
+    """All layers of a decoder and its last norm.
+
+    Args:
+        decoder: The model's decoder, its linear layers packed.
+        layers: Its layers.
+        config: Its text config.
+    """
+
+    def __init__(self, decoder: Any, layers: Any, config: Any) -> None:  # noqa: ANN401 - of transformers
+        self._rotary = decoder.rotary_emb
+        self._last_norm = decoder.norm.weight
+        self._eps: float = config.rms_norm_eps
+        self._heads: int = config.num_attention_heads
+        self._groups: int = config.num_key_value_heads
+        self._width: int = layers[0].self_attn.head_dim
+        self._scaling: float = layers[0].self_attn.scaling
+        self._types: Sequence[str | None] = getattr(config, "layer_types", None) or [None] * len(layers)
+        self._layers = [_read(layer) for layer in layers]
+
+    def __call__(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        masks: Tensor | dict[str, Tensor],
+        cache: PreallocatedCache,
+        kept: dict[int, Tensor],
+    ) -> Tensor:
+        """Return the ``[n, H]`` last normed states; keys and values are written behind ``cache.length``.
+
+        Args:
+            embedded: ``[n, H]`` token embeddings.
+            positions: ``[n]`` positions.
+            masks: Additive, as ``attention.stack_mask`` makes them, one for all layers or one a layer type.
+            cache: Where keys and values go.
+            kept: Its keys are layers; the states ``[1, n, H]`` that enter them are put there.
+        """
+        count, width = len(embedded), self._width
+        cos, sin = self._rotary(embedded, positions[None])
+        cos, sin = cos[0, :, None], sin[0, :, None].clone()
+        sin[..., : width // 2].neg_()  # the half that is rotated with a minus sign
+        x = embedded
+        for index, layer in enumerate(self._layers):
+            if index in kept:
+                kept[index] = x[None]
+            mask = masks if isinstance(masks, Tensor) else masks[self._types[index]]  # type: ignore[index]
+            normed = F.rms_norm(x, layer.norm.shape, layer.norm, self._eps)
+            mixed = _product(normed, layer.qkv).view(count, -1, width)
+            turned = mixed[:, : self._heads + self._groups]
+            if layer.head_norms is not None:
+                turned = self._norm_heads(turned, layer.head_norms)
+            swapped = turned.view(count, -1, 2, width // 2).flip(2).view(count, -1, width)
+            turned = torch.addcmul(turned * cos, swapped, sin)
+            keys, values = cache.layers[index].update(
+                turned[:, self._heads :].transpose(0, 1)[None],
+                mixed[:, self._heads + self._groups :].transpose(0, 1)[None],
+            )
+            attended = self._attend(turned[:, : self._heads], keys, values, mask)
+            x = _product_and(attended, layer.out, "add", x)
+            normed = F.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self._eps)
+            gated = _product_and(normed, layer.up, "mul", _product(normed, layer.gate, "swish"))
+            x = _product_and(gated, layer.down, "add", x)
+        return F.rms_norm(x, self._last_norm.shape, self._last_norm, self._eps)
+
+    def _norm_heads(self, turned: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
+        queries, keys = turned[:, : self._heads], turned[:, self._heads :]
+        parts = [
+            F.rms_norm(part, norm.shape, norm, self._eps) for part, norm in zip((queries, keys), norms, strict=True)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Return ``[n, A * D]``; the query heads of a group stand along the query axis, so keys are not repeated.
+
+        Args:
+            queries: ``[n, A, D]``.
+            keys: ``[1, G, K, D]``.
+            values: ``[1, G, K, D]``.
+            mask: ``[1, 1, A / G * n or 1, K]``.
+        """
+        count, groups = len(queries), self._groups
+        stacked = queries.view(count, groups, -1, self._width).permute(1, 2, 0, 3).reshape(1, groups, -1, self._width)
+        attended = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self._scaling)
+        return attended.view(groups, -1, count, self._width).permute(2, 0, 1, 3).reshape(count, -1)
+
+
+def can_fuse(decoder: Any, config: Any, attention_name: str) -> bool:  # noqa: ANN401 - of transformers
+    """Whether a decoder is of the kind, packed, attends as ours does, and is small enough for one more copy."""
+    size = sum(parameter.nbytes for parameter in decoder.parameters())
+    return (
+        config.model_type in MODEL_TYPES
+        and getattr(config, "hidden_act", None) == "silu"
+        and attention_name == attention.NAME
+        and size <= LARGEST_BYTES
+        and any(isinstance(module, PackedLinear) for module in decoder.modules())
+    )
+
+
+def agree(ours: Tensor, own: Tensor) -> bool:
+    """Whether two tensors of features ``[n, 4H]`` are the same but for rounding: the median row, relative to its norm.
+
+    Not the worst row: that of the first token is huge in a few places, and moves by a sixth in bfloat16. The states
+    that enter an early layer have seen little rounding, so they tell another computation from the same one best.
+    """
+    early, late = (1e-4, 1e-3) if own.dtype is torch.float32 else (0.02, 0.1)
+    parts = zip(ours.float().chunk(4, -1), own.float().chunk(4, -1), (early, late, late, late), strict=True)
+    return all(bool(((a - b).norm(dim=-1) / b.norm(dim=-1)).median() <= tolerance) for a, b, tolerance in parts)
+
+
+def _read(layer: Any) -> _Layer:  # noqa: ANN401 - of transformers
+    attn, mlp = layer.self_attn, layer.mlp
+    projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+    joined = torch.cat([projection.weight.detach() for projection in projections])
+    biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
+    norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+    return _Layer(
+        norm=layer.input_layernorm.weight,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        qkv=(lay_out(joined), torch.cat(biases) if biases else None),
+        head_norms=None if norms[0] is None or norms[1] is None else (norms[0].weight, norms[1].weight),
+        out=_packed(attn.o_proj),
+        gate=_packed(mlp.gate_proj),
+        up=_packed(mlp.up_proj),
+        down=_packed(mlp.down_proj),
+    )
+
+
+def _packed(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(linear, PackedLinear)
+    return linear.packed, linear.bias
+
+
+def _product(rows: Tensor, weight: tuple[Tensor, Tensor | None], activation: str = "none") -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, *weight, activation, [], "")  # noqa: SLF001
+    return result
+
+
+def _product_and(rows: Tensor, weight: tuple[Tensor, Tensor | None], operation: str, other: Tensor) -> Tensor:
+    """Return the product plus, or times, ``other``, rounded once."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, *weight, operation)  # noqa: SLF001
+    return result
