@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -12,16 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.objectives.token import ForwardKL
 from vsdbench_drafters.objectives.vsd.objective import VSD
-from vsdbench_drafters.training import features as features_module
 from vsdbench_drafters.training import train as train_module
 from vsdbench_drafters.training.features import (
     BatchMaker,
     OnlineFeatures,
-    cached_features,
     draft_vocabulary,
     plan_batches,
     target_pass,
@@ -169,27 +166,6 @@ def test_heldout_of_a_perfect_drafter(toy_target, toy_sequences, monkeypatch):
     assert metrics["kl_2"] == pytest.approx(0.0, abs=1e-4)
     rows = len(toy_sequences[4].ids) - toy_sequences[4].prompt_len
     assert metrics["tau_chain"] == pytest.approx(1 + (4 * rows - 6) / rows)
-
-
-def test_cached_features_are_the_online_ones(tmp_path, toy_target, toy_sequences):
-    done = []
-    make = {"fingerprint": "d", "progress": done.append}
-    cached = cached_features(toy_target, toy_sequences, tmp_path, **make)
-    assert sum(done) == sum(len(s.ids) for s in toy_sequences)
-    online = OnlineFeatures(toy_target, toy_sequences)
-    torch.testing.assert_close(cached.hidden([4, 0]), online.hidden([4, 0]), rtol=1e-4, atol=1e-5)
-    cached_features(toy_target, toy_sequences, tmp_path, **make)
-    assert sum(done) == sum(len(s.ids) for s in toy_sequences)  # read, not made again
-    assert [path.suffix for path in tmp_path.iterdir()] == [".bin"]
-
-
-def test_a_full_disk_while_caching(tmp_path, toy_target, toy_sequences, monkeypatch):
-    def full(*_args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(features_module, "_write", full)
-    with pytest.raises(EnvironmentProblemError, match="features=online"):
-        cached_features(toy_target, toy_sequences, tmp_path, fingerprint="d")
 
 
 def test_features_are_what_decoding_gives(toy_target, toy_sequences):

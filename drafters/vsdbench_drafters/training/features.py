@@ -1,34 +1,32 @@
-"""What the drafter reads of the target: its features, computed per batch or kept in one file.
+"""What the drafter reads of the target: its features, computed per batch or kept in a file (``feature_files``).
 
 For every token the target gives three hidden states and the last normed one, from which its distribution follows by
 one product: 4 H numbers, in place of V logits. They are what decoding hands to drafters (``interfaces.TargetOutput``).
 Cached, they take ``8 H`` bytes a token in bfloat16 (4.6 kB for H = 576) and save every later arm or epoch the target's
 forward.
+
+The same forward makes the keys and values of every layer. Kept, they spare objectives that ask about drafted tokens the
+text before those, at 23 kB a token for the embedded target: a second file, made only where it is wanted.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vsdbench.config import content_hash
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import ConfigError
 from vsdbench.models.branching import Branches, branch_states
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vsdbench.models.target import Target
-
-_PASS_TOKENS = 2048  # tokens of one target forward
 
 
 class Sequenced(Protocol):
@@ -40,146 +38,68 @@ class Sequenced(Protocol):
     def prompt_len(self) -> int: ...  # noqa: D102
 
 
-class FeatureSource(Protocol):
-    """Where a batch's ``[N, 4H]`` features come from."""
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the target says of a batch.
 
-    def hidden(self, indices: Sequence[int]) -> Tensor:
-        """Return the states of these sequences, packed in this order."""
-
-
-def num_bytes(num_tokens: int, hidden_size: int, itemsize: int = 2) -> int:
-    """Return the size of a feature file.
-
-    >>> num_bytes(1000, 576)
-    4608000
+    Attributes:
+        states: ``[N, 4H]``, the sequences packed.
+        keys: ``[layers, 2, G, L, W]`` keys and values of each sequence (``branching.branch_states``); none: not kept.
     """
-    return num_tokens * 4 * hidden_size * itemsize
+
+    states: Tensor
+    keys: tuple[Tensor, ...] = ()
+
+
+class FeatureSource(Protocol):
+    """Where a batch's features come from."""
+
+    def read(self, indices: Sequence[int]) -> Features:
+        """Return those of these sequences, in this order."""
 
 
 class OnlineFeatures:
-    """Runs the target for every batch."""
-
-    def __init__(self, target: Target, sequences: Sequence[Sequenced]) -> None:
-        self._target = target
-        self._sequences = sequences
-
-    def hidden(self, indices: Sequence[int]) -> Tensor:
-        """Return ``[N, 4H]`` in the target's dtype."""
-        return torch.cat(target_pass(self._target, [self._sequences[i].ids for i in indices]))
-
-
-class CachedFeatures:
-    """Reads a memory-mapped ``[tokens, 4H]`` file.
+    """Runs the target for every batch.
 
     Args:
-        path: The file.
-        lengths: Tokens of every sequence, in file order.
-        width: 4H.
-        dtype: Of the file.
-        device: Where batches go.
+        target: The target.
+        sequences: The data.
+        keys: Hand out keys and values too.
     """
 
-    def __init__(
-        self, path: Path, lengths: Sequence[int], width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        total = sum(lengths)
-        mapped = torch.from_file(str(path), shared=False, size=total * width, dtype=dtype)
-        self._states = mapped.view(total, width)
-        self._device = device
-        self._offsets = [0]
-        for length in lengths:
-            self._offsets.append(self._offsets[-1] + length)
+    def __init__(self, target: Target, sequences: Sequence[Sequenced], *, keys: bool = False) -> None:
+        self._target = target
+        self._sequences = sequences
+        self._keys = keys
 
-    def hidden(self, indices: Sequence[int]) -> Tensor:
-        """Return ``[N, 4H]`` in the file's dtype."""
-        parts = [self._states[self._offsets[i] : self._offsets[i + 1]] for i in indices]
-        return torch.cat(parts).to(self._device)
+    def read(self, indices: Sequence[int]) -> Features:
+        """Return features in the target's dtype."""
+        found = run_target(self._target, [self._sequences[i].ids for i in indices], keys=self._keys)
+        return Features(torch.cat([one.states for one in found]), tuple(key for one in found for key in one.keys))
+
+
+def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
+    """Return ``[L, 4H]`` for each sequence of ids: the three features, then the last normed hidden state."""
+    return [one.states for one in run_target(target, sequences, keys=False)]
 
 
 @torch.inference_mode()
-def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
-    """Return ``[L, 4H]`` for each sequence of ids: the three features, then the last normed hidden state."""
+def run_target(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[Features]:
+    """Return the features of each sequence of ids by one forward, with keys and values where they are wanted."""
     longest = max(len(ids) for ids in sequences)
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = torch.tensor([int(token) for token in ids])
     # Padding stands on the right, where no real token can see it, so causal attention needs no mask.
     with target.as_shipped() as model:
-        output = model.get_decoder()(input_ids=tokens.to(target.device), use_cache=False)
+        output = model.get_decoder()(input_ids=tokens.to(target.device), use_cache=keys)
     states = torch.cat([*target.entered(), output.last_hidden_state], dim=-1)
-    return [states[row, : len(ids)].clone() for row, ids in enumerate(sequences)]
-
-
-def cached_features(
-    target: Target,
-    sequences: Sequence[Sequenced],
-    folder: Path,
-    *,
-    fingerprint: str,
-    progress: Callable[[int], None] = lambda _: None,
-) -> CachedFeatures:
-    """Return the features of a data set, from ``folder`` or made now.
-
-    Args:
-        target: The target.
-        sequences: In file order.
-        folder: Where feature files are kept.
-        fingerprint: Of the data; with the target's it names the file.
-        progress: Told how many tokens were done, batch by batch.
-
-    Raises:
-        EnvironmentProblemError: The disk is full.
-    """
-    lengths = [len(sequence.ids) for sequence in sequences]
-    width = 4 * target.hidden_size
-    key = content_hash([target.fingerprint, str(target.dtype), target.feature_layers, fingerprint])
-    path = folder / f"{key}.bin"
-    expected = num_bytes(sum(lengths), target.hidden_size, target.dtype.itemsize)
-    if not path.exists() or path.stat().st_size != expected:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        try:
-            _write(target, sequences, lengths, partial, progress)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
-                raise EnvironmentProblemError(
-                    f"the disk is full: {path} needs {expected / 1e9:.1f} GB; free it or set training.features=online."
-                ) from error
-            raise
-        partial.replace(path)
-    return CachedFeatures(path, lengths, width, target.dtype, target.device)
-
-
-def _write(
-    target: Target, sequences: Sequence[Sequenced], lengths: list[int], path: Path, progress: Callable[[int], None]
-) -> None:
-    """Fill a file with the features of all sequences, computed in batches of like length."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    width = 4 * target.hidden_size
-    item = width * target.dtype.itemsize
-    with path.open("wb") as file:
-        file.truncate(starts[-1] * item)
-        for batch in _by_length(lengths):
-            states = target_pass(target, [sequences[i].ids for i in batch])
-            for i, state in zip(batch, states, strict=True):
-                file.seek(starts[i] * item)
-                file.write(state.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            progress(sum(lengths[i] for i in batch))
-
-
-def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield indices of sequences of like length, at most ``_PASS_TOKENS`` padded tokens together."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > _PASS_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers] if keys else []
+    found = []
+    for row, ids in enumerate(sequences):
+        own = [torch.stack([part[row, :, : len(ids)] for part in pair]) for pair in layers]
+        found.append(Features(states[row, : len(ids)].clone(), (torch.stack(own),) if keys else ()))
+    return found
 
 
 @dataclass(slots=True)
@@ -214,7 +134,8 @@ class BatchMaker:
         if self._draft_head is None or self._table is None:
             self._draft_head = self.head.detach()[self.drafter.draft_ids].clone()
             self._table = self.drafter.target_to_draft
-        states = self.source.hidden(indices)
+        found = self.source.read(indices)
+        states = found.states
         self.num_forwards += len(indices) if isinstance(self.source, OnlineFeatures) else 0
         chosen = [self.sequences[i] for i in indices]
         ids = [[int(token) for token in sequence.ids] for sequence in chosen]
@@ -222,16 +143,33 @@ class BatchMaker:
         prompt_lens = [sequence.prompt_len for sequence in chosen]
         batch = DraftBatch.pack(ids, prompt_lens, states, seed=seed)
         rows = states[batch.slots + 1, 3 * width :]
-        return batch, TargetView(rows, self._draft_head, self._table, self.head, None if self.target is None else self)
+        starts = [0, *accumulate(len(sequence) for sequence in ids)]
+        asked = None if self.target is None else _Asked(self, dict(zip(starts, found.keys, strict=False)))
+        return batch, TargetView(rows, self._draft_head, self._table, self.head, asked)
 
-    # A view asks the target through its maker, which counts (protocol ``BranchingTarget``).
-
-    def branch_states(self, first: int, prefix: Tensor, branches: Branches) -> Tensor:  # noqa: ARG002 - the protocol's
-        """Ask the target about drafted tokens."""
+    def ask(self, prefix: Tensor, branches: Branches, keys: Tensor | None = None) -> Tensor:
+        """Ask the target about drafted tokens; see ``branching.branch_states``."""
         if self.target is None:
             raise ConfigError("this objective asks the target about drafted tokens, and has none to ask.")
         self.num_forwards += 1
-        return branch_states(self.target, prefix, branches)
+        return branch_states(self.target, prefix, branches, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The target as the view of one batch asks it (protocol ``BranchingTarget``): by way of the maker, which counts.
+
+    Attributes:
+        maker: The maker.
+        keys: Keys and values of the batch's sequences by their first token, as far as they are kept.
+    """
+
+    maker: BatchMaker
+    keys: dict[int, Tensor]
+
+    def branch_states(self, first: int, prefix: Tensor, branches: Branches) -> Tensor:
+        """Ask about tokens drafted in the sequence that starts at ``first``."""
+        return self.maker.ask(prefix, branches, self.keys.get(first))
 
 
 def plan_batches(num_rows: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:

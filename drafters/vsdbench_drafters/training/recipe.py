@@ -122,6 +122,10 @@ class TrainingConfig(Config):
         seed: Of initialisation and data order.
         ema: Decay of an exponential moving average of the weights that is saved in their place; 0: none.
         features: ``online`` runs the target for every batch; ``cached`` once, to a file that later arms read.
+        keys: Keep the target's keys and values of the data, so that an objective that asks about drafted tokens need
+            not run the text before them again; ``auto``: if this recipe's objective asks. A contest says true, so that
+            the arm that makes the features makes these too, for all arms.
+        keys_gb: Largest file of keys and values, in 10⁹ bytes; the text is run again where it would be larger.
         autocast: Products in bfloat16 with float32 weights; ``auto``: if that is the target's dtype.
         checkpoint_s: Seconds between resumable checkpoints.
         compile: ``torch.compile`` for the loss; ``auto``: on GPUs.
@@ -143,6 +147,8 @@ class TrainingConfig(Config):
     seed: int = Field(default=0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     features: Literal["online", "cached"] = "cached"
+    keys: bool | Literal["auto"] = "auto"
+    keys_gb: float = Field(default=4.0, ge=0)
     autocast: bool | Literal["auto"] = "auto"
     checkpoint_s: float = Field(default=60.0, gt=0)
     compile: bool | Literal["auto"] = "auto"
@@ -219,7 +225,7 @@ class RecipeConfig(Config):
         if self.evaluation is None:
             del content["evaluation"]
         del content["data"]["slots"]
-        for speed in ("features", "checkpoint_s", "compile", "shard_target"):
+        for speed in ("features", "keys", "keys_gb", "checkpoint_s", "compile", "shard_target"):
             del content["training"][speed]
         return content
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vsdbench.config import content_hash
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
+from vsdbench.models.branching import can_branch, key_shape
 from vsdbench.paths import cache_dir
 from vsdbench.processes import Processes
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
@@ -24,14 +26,13 @@ from vsdbench_drafters.objectives.path_objective import PathObjective
 from vsdbench_drafters.training.compiled import compile_row_losses, wants_compiling
 from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
 from vsdbench_drafters.training.distributed import check_division, shard_target
+from vsdbench_drafters.training.feature_files import cached_features, num_bytes
 from vsdbench_drafters.training.features import (
     BatchMaker,
     FeatureSource,
     OnlineFeatures,
-    cached_features,
     describe,
     draft_vocabulary,
-    num_bytes,
     plan_batches,
 )
 from vsdbench_drafters.training.heldout import DecodedHeldOut, HeldOut
@@ -54,6 +55,8 @@ _DECODED_TOKENS_PER_S = 80.0  # held-out prompts, during training
 # 0.37 with a draft vocabulary of 4,096 and 0.59 with 8,192.
 _STEP_COST = {"eagle3": 1.0, "eagle": 1.0, "medusa": 0.5, "msd": 1.0, "vispec": 1.0}
 _ASKING = 3.0  # how much longer a step takes that asks the target about drafted tokens
+_ASKING_KEPT = 2.2  # the same where the keys and values of the data are kept
+_FEATURE_NUMBERS, _KEY_NUMBERS = 4 * 576, 30 * 2 * 3 * 64  # a token, of the embedded target
 _TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
 
 
@@ -197,8 +200,10 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
     total = tokens * _TOTAL_PER_RESPONSE
     cached = recipe.training.features == "cached"
     data_s = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S)
-    asks = isinstance(make_objective(recipe.objective), PathObjective)
-    step_s = _STEP_COST[recipe.architecture.type] * (_ASKING if asks else 1.0) / _LAYER_STEPS_PER_S
+    size, key_size = num_bytes(int(total), _FEATURE_NUMBERS), num_bytes(int(total), _KEY_NUMBERS)
+    keys = cached and _wants_keys(recipe) and key_size <= recipe.training.keys_gb * 1e9
+    asking = (_ASKING_KEPT if keys or not cached else _ASKING) if _asks(recipe) else 1.0
+    step_s = _STEP_COST[recipe.architecture.type] * asking / _LAYER_STEPS_PER_S
     training_s = tokens * epochs * recipe.objective.ttt_steps * step_s
     if cached:
         data_s += total / _FEATURE_TOKENS_PER_S
@@ -217,7 +222,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
         "training_s": training_s,
         "warm_start": recipe.warm_start,
         "seconds": data_s + training_s + warm_s,
-        "bytes": num_bytes(int(total), 576) if cached else 0,
+        "bytes": size + key_size * keys if cached else 0,
     }
 
 
@@ -327,16 +332,36 @@ def _evaluator(
     )
 
 
+def _asks(recipe: RecipeConfig) -> bool:
+    """Whether the objective asks the target about drafted tokens."""
+    return isinstance(make_objective(recipe.objective), PathObjective)
+
+
+def _wants_keys(recipe: RecipeConfig) -> bool:
+    return _asks(recipe) if recipe.training.keys == "auto" else recipe.training.keys
+
+
 def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
+    num_tokens = int(data.sequences.lengths.sum())
     if recipe.training.features == "online":
-        return OnlineFeatures(target, data.sequences)
+        return OnlineFeatures(target, data.sequences, keys=_asks(recipe) and can_branch(target))
+    keys = can_branch(target) and _wants_keys(recipe)
+    size, limit_gb = num_bytes(num_tokens, prod(key_shape(target)), target.dtype.itemsize), recipe.training.keys_gb
+    if keys and size > limit_gb * 1e9:
+        keys = False
+        console.print(
+            f"Keys and values of the data would take {size / 1e9:.1f} GB, more than training.keys_gb={limit_gb:g}: the "
+            "target runs the text before drafted tokens again.",
+            highlight=False,
+        )
     with _bar(console) as bar:
-        task = bar.add_task("Target features", total=int(data.sequences.lengths.sum()), status="")
+        task = bar.add_task("Target features", total=num_tokens, status="")
         return cached_features(
             target,
             data.sequences,
             cache_dir() / "features",
             fingerprint=data.fingerprint,
+            keys=keys,
             progress=lambda count: bar.advance(task, count),
         )
 

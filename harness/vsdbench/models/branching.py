@@ -133,6 +133,14 @@ def can_branch(target: Target) -> bool:
     )
 
 
+def key_shape(target: Target) -> tuple[int, int, int, int]:
+    """Return ``(layers, 2, G, W)``: the shape of one token's keys and values."""
+    config = target.config
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or target.hidden_size // heads)
+    return target.num_layers, 2, int(getattr(config, "num_key_value_heads", None) or heads), width
+
+
 def _attend(  # noqa: PLR0917 - the order is transformers'
     module: nn.Module,
     query: Tensor,

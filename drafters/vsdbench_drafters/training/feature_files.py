@@ -1,0 +1,196 @@
+"""The target's features in files, made once for all epochs and arms that read the same data.
+
+States are one file. Keys and values, where they are wanted, are another one, since they are five times as large for the
+embedded target. The same forwards fill both.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vsdbench.config import content_hash
+from vsdbench.errors import EnvironmentProblemError
+from vsdbench.models.branching import key_shape
+from vsdbench_drafters.training.features import Features, run_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vsdbench.models.target import Target
+    from vsdbench_drafters.training.features import Sequenced
+
+_PASS_TOKENS = 2048  # tokens of one target forward
+
+
+def num_bytes(num_tokens: int, numbers: int, itemsize: int = 2) -> int:
+    """Return the size of a file that has so many numbers a token.
+
+    >>> num_bytes(1000, 4 * 576)
+    4608000
+    """
+    return num_tokens * numbers * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file of a data set: so many numbers a token, sequence by sequence.
+
+    Attributes:
+        path: Where it is once it is complete.
+        shape: Of a token's numbers, around the token axis where there is one: ``(4H,)`` or ``(layers, 2, G, W)``.
+        part: What of a sequence's features it has.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    part: Callable[[Features], Tensor]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers a token."""
+        return prod(self.shape)
+
+    @property
+    def partial(self) -> Path:
+        """Where it is until it is complete."""
+        return self.path.with_suffix(f"{self.path.suffix}.partial")
+
+    def is_whole(self, num_tokens: int, itemsize: int) -> bool:
+        """Whether it is there in full."""
+        return self.path.exists() and self.path.stat().st_size == num_bytes(num_tokens, self.numbers, itemsize)
+
+    def mapped(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return ``[tokens, numbers]``, read as it is used."""
+        size = num_tokens * self.numbers
+        return torch.from_file(str(self.path), shared=False, size=size, dtype=dtype).view(num_tokens, self.numbers)
+
+
+class CachedFeatures:
+    """Reads memory-mapped files.
+
+    Args:
+        lengths: Tokens of every sequence, in file order.
+        states: The file of the states.
+        keys: The file of keys and values; None: they are not kept.
+        dtype: Of the files.
+        device: Where batches go.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], states: _File, keys: _File | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._offsets = [0, *accumulate(lengths)]
+        self._states = states.mapped(self._offsets[-1], dtype)
+        self._keys = None if keys is None else keys.mapped(self._offsets[-1], dtype)
+        self._shape = () if keys is None else keys.shape
+        self._device = device
+
+    def read(self, indices: Sequence[int]) -> Features:
+        """Return features in the files' dtype; keys and values are views of their file."""
+        spans = [slice(self._offsets[i], self._offsets[i + 1]) for i in indices]
+        states = torch.cat([self._states[span] for span in spans]).to(self._device)
+        if self._keys is None:
+            return Features(states)
+        *outer, width = self._shape
+        return Features(states, tuple(self._keys[span].view(*outer, -1, width) for span in spans))
+
+
+def cached_features(
+    target: Target,
+    sequences: Sequence[Sequenced],
+    folder: Path,
+    *,
+    fingerprint: str,
+    keys: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> CachedFeatures:
+    """Return the features of a data set, from ``folder`` or made now.
+
+    Args:
+        target: The target.
+        sequences: In file order.
+        folder: Where feature files are kept.
+        fingerprint: Of the data; with the target's it names the files.
+        keys: Keep keys and values too (``branching.can_branch`` says for which targets they are of use).
+        progress: Told how many tokens were done, batch by batch.
+
+    Raises:
+        EnvironmentProblemError: The disk is full.
+    """
+    lengths = [len(sequence.ids) for sequence in sequences]
+    total, itemsize = sum(lengths), target.dtype.itemsize
+    same = [target.fingerprint, str(target.dtype), target.feature_layers, fingerprint]
+    files = [_File(folder / f"{content_hash(same)}.bin", (4 * target.hidden_size,), lambda one: one.states)]
+    if keys:
+        shape = key_shape(target)
+        name = content_hash([*same, "keys", shape, target.attention])
+        files.append(_File(folder / f"{name}.keys", shape, lambda one: one.keys[0]))
+    missing = [file for file in files if not file.is_whole(total, itemsize)]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(target, sequences, lengths, missing, progress)
+        except (OSError, RuntimeError) as error:
+            for file in missing:
+                file.partial.unlink(missing_ok=True)
+            if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+                size = num_bytes(total, sum(file.numbers for file in missing), itemsize)
+                cheaper = "training.keys=false" if keys else "training.features=online"
+                raise EnvironmentProblemError(
+                    f"the disk is full: the target's features in {folder} need {size / 1e9:.1f} GB; free it or set "
+                    f"{cheaper}."
+                ) from error
+            raise
+        for file in missing:
+            file.partial.replace(file.path)
+    return CachedFeatures(lengths, files[0], files[1] if keys else None, target.dtype, target.device)
+
+
+def _write(
+    target: Target,
+    sequences: Sequence[Sequenced],
+    lengths: list[int],
+    files: Sequence[_File],
+    progress: Callable[[int], None],
+) -> None:
+    """Fill files with the features of all sequences, computed in batches of like length."""
+    starts = [0, *accumulate(lengths)]
+    keys = any(len(file.shape) > 1 for file in files)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(file.partial.open("wb")) for file in files]
+        items = [file.numbers * target.dtype.itemsize for file in files]
+        for stream, item in zip(opened, items, strict=True):
+            stream.truncate(starts[-1] * item)
+        for batch in _by_length(lengths):
+            found = run_target(target, [sequences[i].ids for i in batch], keys=keys)
+            for i, one in zip(batch, found, strict=True):
+                for file, stream, item in zip(files, opened, items, strict=True):
+                    numbers = file.part(one)
+                    if numbers.numel() != lengths[i] * file.numbers:
+                        msg = f"a layer of '{target.name}' has other keys than its config says"
+                        raise ValueError(msg)
+                    stream.seek(starts[i] * item)
+                    stream.write(numbers.cpu().contiguous().view(torch.uint8).numpy().data)
+            progress(sum(lengths[i] for i in batch))
+
+
+def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield indices of sequences of like length, at most ``_PASS_TOKENS`` padded tokens together."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > _PASS_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

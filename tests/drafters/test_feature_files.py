@@ -1,0 +1,232 @@
+"""Features kept in files are those of a forward now; with keys and values kept, drafted tokens get the same states."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from tests.decoding.tiny import make_prompt, make_target
+from tests.drafters.path_tools import Sequence, make_drafter_model
+
+from vsdbench.errors import EnvironmentProblemError
+from vsdbench.models.branching import branch_states
+from vsdbench_drafters.objectives.vsd.objective import VSD
+from vsdbench_drafters.training import feature_files
+from vsdbench_drafters.training import train as train_module
+from vsdbench_drafters.training.feature_files import cached_features
+from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
+from vsdbench_drafters.training.loop import TrainingLoop
+from vsdbench_drafters.training.recipe import RecipeConfig, TrainingConfig
+from vsdbench_drafters.training.train import estimate
+
+SEQUENCES = [Sequence(make_prompt(n, i), p) for i, (n, p) in enumerate([(14, 5), (20, 8), (9, 3), (16, 4)])]
+VSD_OPTIONS = {"ttt_steps": 2, "anchors": 3, "paths": 3, "depth": 3, "m_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_cached_features_are_the_online_ones(tmp_path, toy_target, toy_sequences):
+    done = []
+    make = {"fingerprint": "d", "progress": done.append}
+    cached = cached_features(toy_target, toy_sequences, tmp_path, **make)
+    assert sum(done) == sum(len(s.ids) for s in toy_sequences)
+    online = OnlineFeatures(toy_target, toy_sequences)
+    found = cached.read([4, 0])
+    torch.testing.assert_close(found.states, online.read([4, 0]).states, rtol=1e-4, atol=1e-5)
+    assert found.keys == ()
+    cached_features(toy_target, toy_sequences, tmp_path, **make)
+    assert sum(done) == sum(len(s.ids) for s in toy_sequences)  # read, not made again
+    assert [path.suffix for path in tmp_path.iterdir()] == [".bin"]
+
+
+def test_a_full_disk_while_caching(tmp_path, toy_target, toy_sequences, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(feature_files, "_write", full)
+    with pytest.raises(EnvironmentProblemError, match="features=online"):
+        cached_features(toy_target, toy_sequences, tmp_path, fingerprint="d")
+    with pytest.raises(EnvironmentProblemError, match="keys=false"):
+        cached_features(toy_target, toy_sequences, tmp_path, fingerprint="d", keys=True)
+    assert names(tmp_path) == []
+
+
+def test_kept_keys_are_those_of_a_plain_forward(tmp_path, target):
+    cached = cached_features(target, SEQUENCES, tmp_path, fingerprint="d", keys=True)
+    online = OnlineFeatures(target, SEQUENCES, keys=True)
+    for source in (cached, online):
+        found = source.read([2, 1])
+        assert [key.shape[3] for key in found.keys] == [9, 20]
+        with torch.inference_mode(), target.as_shipped() as model:
+            cache = model.get_decoder()(input_ids=torch.tensor([SEQUENCES[1].ids]), use_cache=True).past_key_values
+        for kept, layer in zip(found.keys[1], cache.layers, strict=True):
+            torch.testing.assert_close(kept, torch.stack([layer.keys[0], layer.values[0]]), rtol=1e-10, atol=1e-10)
+
+
+def test_keys_have_a_file_of_their_own_and_share_the_forwards(tmp_path, target):
+    total, done = sum(len(s.ids) for s in SEQUENCES), []
+    make = {"fingerprint": "d", "progress": done.append}
+    cached_features(target, SEQUENCES, tmp_path, **make)
+    states = names(tmp_path)
+    cached_features(target, SEQUENCES, tmp_path, keys=True, **make)  # features were there: only keys are made
+    both = names(tmp_path)
+    assert len(both) == 2
+    assert states[0] in both
+    assert sum(done) == 2 * total
+    read = cached_features(target, SEQUENCES, tmp_path, keys=True, **make)
+    assert sum(done) == 2 * total
+    apart = tmp_path / "apart"
+    once = cached_features(target, SEQUENCES, apart, keys=True, **make)  # neither was there: one pass makes both
+    assert names(apart) == both
+    assert sum(done) == 3 * total
+    for i in range(len(SEQUENCES)):
+        assert torch.equal(read.read([i]).keys[0], once.read([i]).keys[0])
+    key_file = next(path for path in apart.iterdir() if path.suffix == ".keys")
+    assert key_file.stat().st_size == total * 4 * 2 * 2 * 8 * 8  # layers, both, key-value heads, width, float64
+
+
+def test_another_dtype_target_data_or_attention_has_other_files(tmp_path, target, monkeypatch):
+    make = {"fingerprint": "d", "keys": True}
+    cached_features(target, SEQUENCES, tmp_path, **make)
+    seen = set(names(tmp_path))
+    cached_features(target, SEQUENCES, tmp_path, fingerprint="e", keys=True)
+    cached_features(make_target(dtype=torch.float32), SEQUENCES, tmp_path, **make)
+    other = make_target()
+    monkeypatch.setattr(other, "fingerprint", "1" * 16)
+    cached_features(other, SEQUENCES, tmp_path, **make)
+    assert len(names(tmp_path)) == 2 * 4
+    monkeypatch.setattr(other, "fingerprint", target.fingerprint)
+    monkeypatch.setattr(other, "attention", "eager")
+    cached_features(other, SEQUENCES, tmp_path, **make)
+    assert len(names(tmp_path)) == 2 * 4 + 1
+    assert seen < set(names(tmp_path))
+
+
+def scored(target, source):
+    """The oracle's states of one batch, and whether keys and values were given for each sequence."""
+    model = make_drafter_model(target, 0)
+    maker = BatchMaker(SEQUENCES, source, target.model.get_output_embeddings().weight, model, target)
+    batch, view = maker.make([3, 0, 1], seed=5)
+    given, states = [], []
+
+    def watch(of, prefix, branches, known=None):
+        given.append(known is not None)
+        states.append(branch_states(of, prefix, branches, known))
+        return states[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vsdbench_drafters.training.features.branch_states", watch)
+        loss = VSD(**VSD_OPTIONS).loss(batch, model, view).loss
+    return torch.cat(states), given, float(loss.detach())
+
+
+def test_drafted_tokens_get_the_same_states_with_and_without_kept_keys(tmp_path, target):
+    expected, given, loss = scored(target, OnlineFeatures(target, SEQUENCES))
+    assert not any(given)
+    assert len(given) == 3
+    cached = cached_features(target, SEQUENCES, tmp_path, fingerprint="d", keys=True)
+    for source in (cached, OnlineFeatures(target, SEQUENCES, keys=True)):
+        states, given, same = scored(target, source)
+        assert all(given)
+        torch.testing.assert_close(states, expected, rtol=1e-9, atol=1e-9)
+        assert same == pytest.approx(loss, rel=1e-9)
+    cached._keys += 0.1  # a private mapping: the file stays as it is
+    wrong, _, _ = scored(target, cached)
+    assert (wrong - expected).abs().max() > 1e-3
+
+
+def test_training_with_kept_keys_resumes_bitwise(tmp_path, target):
+    def loop(folder):
+        cached = cached_features(target, SEQUENCES, tmp_path, fingerprint="d", keys=True)
+        model = make_drafter_model(target, 0)
+        maker = BatchMaker(SEQUENCES, cached, target.model.get_output_embeddings().weight, model, target)
+        config = TrainingConfig(epochs=4, batch_tokens=8, lr=3e-3, seed=2)
+        return TrainingLoop(
+            model=model,
+            objective=VSD(**VSD_OPTIONS),
+            maker=maker,
+            heldout=None,
+            config=config,
+            autocast=False,
+            folder=tmp_path / folder,
+            key="k",
+        )
+
+    whole = loop("whole")
+    end = whole.run()
+
+    def stop(progress):
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop("cut").run(report=stop)
+    resumed, steps = loop("cut"), []
+    again = resumed.run(report=lambda progress: steps.append(progress.step))
+    assert steps[0] == 7
+    assert (again.step, again.loss, again.tokens) == (end.step, end.loss, end.tokens)
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def recipe(objective="vsd", **training):
+    return RecipeConfig.model_validate(
+        {
+            "name": "toy",
+            "target": "toy",
+            "objective": {"type": objective},
+            "training": training,
+            "data": {"num_tokens": 50_000},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "family", "kept"),
+    [
+        (recipe(), "llama", True),
+        (recipe("kl"), "llama", False),
+        (recipe("kl", keys=True), "llama", True),  # for the other arms of a contest
+        (recipe(keys=False), "llama", False),
+        (recipe(keys_gb=1e-6), "llama", False),
+        (recipe(features="online"), "llama", True),
+        (recipe("kl", features="online", keys=True), "llama", False),  # nobody would read them
+        (recipe(), "gemma2", False),  # its branches take one mask
+    ],
+)
+def test_what_a_recipe_keeps(tmp_path, monkeypatch, chosen, family, kept):
+    class Sequences(list):
+        lengths = torch.tensor([len(s.ids) for s in SEQUENCES])
+
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    stream = io.StringIO()
+    console = Console(file=stream, width=300)
+    data = SimpleNamespace(sequences=Sequences(SEQUENCES), fingerprint="d")
+    source = train_module._source(chosen, make_target(family), data, console)
+    assert bool(source.read([0]).keys) == kept
+    said = "more than training.keys_gb=1e-06" in stream.getvalue()
+    assert said == (chosen.training.keys_gb == 1e-6)
+
+
+def test_estimates_know_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    kept, again = estimate(recipe()), estimate(recipe(keys=False))
+    assert kept["bytes"] == 6 * again["bytes"]  # 11,520 numbers a token beside 2,304
+    assert again["training_s"] > 1.2 * kept["training_s"]
+    assert estimate(recipe(keys_gb=0.1))["bytes"] == again["bytes"]
+    online = estimate(recipe(features="online"))
+    assert online["bytes"] == 0
+    assert estimate(recipe("kl", keys=True))["bytes"] == kept["bytes"]
