@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NAME = "vsdbench-branches"
 
+_BLOCK = 96  # tokens that attend together: fewer see less that is hidden, more are fewer products
+
 
 @dataclass(frozen=True, slots=True)
 class Branches:
@@ -53,20 +55,34 @@ class Branches:
 
 
 @dataclass(frozen=True, slots=True)
+class _Block:
+    """Tokens that attend together: neighbours of the sequence, or whole branches whose roots are neighbours.
+
+    Attributes:
+        rows: Which of the T tokens.
+        length: They see none of the sequence's tokens from here on.
+        own: Which branch tokens they see: themselves, or none where they are the sequence's.
+        mask: ``[rows, length + own]`` additive.
+    """
+
+    rows: slice
+    length: int
+    own: slice
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """What every layer needs to know.
 
     Attributes:
+        blocks: All tokens, in order.
         num_queries: Tokens of the sequence that run through the model: P, or 0 where their keys are known.
-        mask: ``[g T, P]`` additive: what the tokens see of the sequence, once a query head of a group.
-        lineage: ``[g n, D]`` int64, 0 where there is none. ``hidden``: ``[g n, D]`` bool, where that is so.
         known: ``[layers, 2, G, P or more, W]`` keys and values of the sequence, if they are known.
     """
 
+    blocks: tuple[_Block, ...]
     num_queries: int
-    mask: Tensor
-    lineage: Tensor
-    hidden: Tensor
     known: Tensor | None
 
 
@@ -83,41 +99,73 @@ def branch_states(target: Target, prefix: Tensor, branches: Branches, known: Ten
     """
     length, count = len(prefix), len(branches)
     every = torch.arange(length, device=prefix.device)
-    seen = branches.roots[:, None] >= every
     if not can_branch(target):
-        among = torch.zeros(count, count + 1, dtype=torch.bool, device=prefix.device)
-        among.scatter_(1, branches.lineage.where(branches.lineage >= 0, count), value=True)
-        top = torch.cat([every[:, None] >= every, among.new_zeros(length, count)], dim=1)
-        visible = torch.cat([top, torch.cat([seen, among[:, :count]], dim=1)])
+        visible = torch.zeros(length + count, length + count, dtype=torch.bool, device=prefix.device)
+        visible[:length, :length] = every[:, None] >= every
+        visible[length:, :length] = branches.roots[:, None] >= every
+        visible[length:, length:] = _among(branches)
         ids, positions = torch.cat([prefix, branches.tokens]), torch.cat([every, branches.positions])
         return target.branch_states(ids, positions, visible)[length:]
-    ids, positions = branches.tokens, branches.positions
+    order = branches.roots.argsort(stable=True)  # what leaves from one place stands together
+    ids, positions = branches.tokens[order], branches.positions[order]
     if known is None:
-        seen = torch.cat([every[:, None] >= every, seen])
         ids, positions = torch.cat([prefix, ids]), torch.cat([every, positions])
-    groups = attention.groups(target.model)
-    mask = torch.zeros(seen.shape, dtype=target.dtype, device=prefix.device).masked_fill_(~seen, -torch.inf)
-    hidden = branches.lineage < 0
-    plan = _Plan(
-        len(ids) - count,
-        mask.repeat(groups, 1),
-        branches.lineage.clamp(min=0).repeat(groups, 1),
-        hidden.repeat(groups, 1),
-        known,
-    )
+    plan = _plan(branches, order, length, known, target.dtype)
     target.model.set_attn_implementation(NAME)
     try:
-        output = target.model.get_decoder()(
-            input_ids=ids[None],
-            attention_mask=mask[None, None],  # four axes: taken as it is; the layers go by the plan
-            position_ids=positions[None],
-            use_cache=False,
-            branches=plan,
-        )
+        with torch.autocast(ids.device.type, enabled=False):
+            output = target.model.get_decoder()(
+                input_ids=ids[None],
+                attention_mask=torch.zeros(1, 1, 1, 1),  # four axes: taken as it is; the layers go by the plan
+                position_ids=positions[None],
+                use_cache=False,
+                branches=plan,
+            )
     finally:
         target.model.set_attn_implementation(target.attention)
-    states: Tensor = output.last_hidden_state[0, -count:]
+    states = torch.empty_like(output.last_hidden_state[0, -count:])
+    states[order] = output.last_hidden_state[0, -count:]
     return states
+
+
+def _among(branches: Branches) -> Tensor:
+    """Return ``[n, n]`` bool: which branch tokens each one descends from, itself included."""
+    count = len(branches)
+    among = torch.zeros(count, count + 1, dtype=torch.bool, device=branches.tokens.device)
+    return among.scatter_(1, branches.lineage.where(branches.lineage >= 0, count), value=True)[:, :count]
+
+
+def _plan(branches: Branches, order: Tensor, length: int, known: Tensor | None, dtype: torch.dtype) -> _Plan:
+    """Return the plan of a forward over a sequence of this length, if it is not known, and branches in this order."""
+
+    def additive(keep: Tensor) -> Tensor:
+        return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
+
+    every = torch.arange(length, device=order.device)
+    blocks = []
+    first = 0 if known is not None else length
+    for start in range(0, first, _BLOCK):
+        stop = min(start + _BLOCK, length)
+        blocks.append(_Block(slice(start, stop), stop, slice(0), additive(every[start:stop, None] >= every[:stop])))
+    roots, among = branches.roots[order], _among(branches)[order][:, order]
+    start = 0
+    for stop in _cuts(roots):
+        own, seen = slice(start, stop), int(roots[stop - 1]) + 1
+        keep = torch.cat([roots[own, None] >= every[:seen], among[own, own]], dim=1)
+        blocks.append(_Block(slice(first + start, first + stop), seen, own, additive(keep)))
+        start = stop
+    return _Plan(tuple(blocks), first, known)
+
+
+def _cuts(roots: Tensor) -> list[int]:
+    """Return the ends of blocks of ``[n]`` increasing roots: whole branches, about ``_BLOCK`` tokens each."""
+    ends = torch.unique_consecutive(roots, return_counts=True)[1].cumsum(0).tolist()
+    cuts, start = [], 0
+    for end, following in zip(ends, [*ends[1:], None], strict=True):
+        if following is None or following - start > _BLOCK:
+            cuts.append(end)
+            start = end
+    return cuts
 
 
 def can_branch(target: Target) -> bool:
@@ -155,35 +203,24 @@ def _attend(  # noqa: PLR0917 - the order is transformers'
 ) -> tuple[Tensor, None]:
     """Return ``[1, T, heads, W]``; arguments as those of ``attention.grouped_attention``, and the plan."""
     del attention_mask, dropout
-    plan = branches
+    first = branches.num_queries
     num_heads, num_tokens, width = query.shape[1:]
-    num_groups, first = key.shape[1], plan.num_queries
-    heads, count = num_heads // num_groups, num_tokens - first
-    length, depth = plan.mask.shape[1], plan.lineage.shape[1]
-    queries = (query[0] * (width**-0.5 if scaling is None else scaling)).reshape(num_groups, -1, width)
+    num_groups = key.shape[1]
     own_keys, own_values = key[0, :, first:], value[0, :, first:]
-    if plan.known is None:
-        keys, values = key[0, :, :length], value[0, :, :length]
-    else:
-        keys, values = plan.known[module.layer_idx, :, :, :length].to(query.dtype)  # type: ignore[index]
-    below = queries.view(num_groups, heads, num_tokens, width)[:, :, first:].reshape(num_groups, -1, width)
-    lineage = plan.lineage.expand(num_groups, -1, -1)
-    own = (below @ own_keys.transpose(1, 2)).gather(-1, lineage).masked_fill_(plan.hidden, -torch.inf)
-    mixed = torch.empty_like(queries)
-    # The last columns are a branch token's lineage; tokens of the sequence have none. One group fits the CPU's cache.
-    scores = torch.full((heads, num_tokens, length + depth), -torch.inf, dtype=query.dtype, device=query.device)
-    flat = scores.view(-1, length + depth)
-    for group in range(num_groups):
-        torch.add(queries[group] @ keys[group].T, plan.mask, out=flat[:, :length])
-        scores[:, first:, length:] = own[group].view(heads, count, depth)
-        weights = torch.softmax(flat, dim=-1)
-        torch.mm(weights[:, :length], values[group], out=mixed[group])
-        spread = torch.zeros(heads * count, count, dtype=query.dtype, device=query.device)
-        shares = weights.view(heads, num_tokens, -1)[:, first:, length:].reshape(-1, depth)
-        spread.scatter_add_(1, plan.lineage, shares)  # what is hidden has a share of 0
-        below_out = mixed[group].view(heads, num_tokens, width)[:, first:]
-        below_out += (spread @ own_values[group]).view(heads, count, width)
-    return mixed.view(num_heads, num_tokens, width).transpose(0, 1).contiguous()[None], None
+    keys, values = key[0], value[0]
+    if branches.known is not None:
+        keys, values = branches.known[module.layer_idx].to(query.dtype)  # type: ignore[index]
+    queries = (query[0] * (width**-0.5 if scaling is None else scaling)).view(num_groups, -1, num_tokens, width)
+    mixed = torch.empty(num_tokens, num_groups, num_heads // num_groups, width, dtype=query.dtype, device=query.device)
+    for block in branches.blocks:
+        asking = queries[:, :, block.rows]
+        seen = torch.cat([keys[:, : block.length], own_keys[:, block.own]], dim=1)
+        scores = asking.flatten(1, 2) @ seen.transpose(1, 2)
+        scores.view(*asking.shape[:3], -1).add_(block.mask)
+        weights = torch.softmax(scores, dim=-1)
+        found = weights @ torch.cat([values[:, : block.length], own_values[:, block.own]], dim=1)
+        mixed[block.rows] = found.view(asking.shape).permute(2, 0, 1, 3)
+    return mixed.view(1, num_tokens, num_heads, width), None
 
 
 AttentionInterface.register(NAME, _attend)
