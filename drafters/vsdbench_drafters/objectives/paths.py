@@ -362,12 +362,13 @@ def first_best(logits: Tensor) -> Tensor:
     whole = vocab // _BEST_WIDTH * _BEST_WIDTH
     if whole == 0:
         return logits.argmax(-1)
-    best = logits[:, :whole].unflatten(1, (-1, _BEST_WIDTH)).amax(-1)
+    best = logits[:, :whole].view(len(logits), -1, _BEST_WIDTH).amax(-1)
     if whole < vocab:
         best = torch.cat([best, logits[:, whole:].amax(-1, keepdim=True)], dim=1)
     start = (best.argmax(-1) * _BEST_WIDTH).clamp(max=vocab - _BEST_WIDTH)  # nothing before this stretch is as high
     stretch = start[:, None] + torch.arange(_BEST_WIDTH, device=logits.device)
-    return start + logits.gather(1, stretch).argmax(-1)
+    found: Tensor = start + logits.gather(1, stretch).argmax(-1)
+    return found
 
 
 def draw(probs: Tensor, rows: Tensor, uniform: Tensor, total: Tensor | None = None) -> Tensor:
