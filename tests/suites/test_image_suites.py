@@ -74,11 +74,12 @@ def test_files_are_relative_to_the_suite_and_rows_without_are_left_out(make_suit
         {"key": "b", "text": "Two?", "image": ["img/1.png", "img/2.png"]},
         {"key": "c", "text": "Three?", "image": None},
         {"key": "d", "text": "Four?", "image": []},
+        {"key": "e", "text": "Five?", "image": [None]},
     ]
     suite = load_suite(make_suite({**LOCAL, "fields": FIELDS}, rows))
     assert [prompt.id for prompt in suite.prompts] == ["local/a", "local/b"]
     assert _shown(suite) == [[_sha(0)], [_sha(1), _sha(2)]]
-    assert suite.notes == ("2 of 4 rows of 'local' have no image and are left out.",)
+    assert suite.notes == ("3 of 5 rows of 'local' have no image and are left out.",)
     assert suite.prompts[1].images[1].open().tobytes() == picture(2).tobytes()
     picture(9).save(tmp_path / "img" / "0.png")
     assert load_suite(tmp_path / "tiny.yaml").prompts_sha256 != suite.prompts_sha256
@@ -217,16 +218,12 @@ def test_images_are_found_by_their_key_in_another_table(make_suite: MakeSuite, i
 
 
 def test_lists_of_images_and_empty_ones(make_suite: MakeSuite, image_hub: dict[Any, Any]) -> None:
-    rows = [
-        {"key": "a", "text": "?", "image": [picture(1), picture(2)]},
-        {"key": "b", "text": "?", "image": []},
-        {"key": "c", "text": "?", "image": None},
-        {"key": "d", "text": "?", "image": [picture(3)]},
-    ]
+    shown = {"a": [picture(1), picture(2)], "d": [picture(3)], "h": None, **{key: [] for key in "bcefg"}}
+    rows = [{"key": key, "text": "?", "image": shown[key]} for key in "abcdefgh"]
     image_hub["o/d", None, "test"] = image_dataset(rows, {"image": MANY})
-    suite = load_suite(make_suite(HUB))
+    suite = load_suite(make_suite({**HUB, "limit": 2}))
     assert _shown(suite) == [[_sha(1), _sha(2)], [_sha(3)]]
-    assert suite.notes == ("2 of 4 rows of 'hub' have no image and are left out.",)
+    assert suite.notes == ("6 of 8 rows of 'hub' have no image and are left out.",)
 
 
 def test_columns_that_are_bytes_are_images_too(make_suite: MakeSuite, image_hub: dict[Any, Any]) -> None:

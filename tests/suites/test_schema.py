@@ -139,4 +139,6 @@ def test_options_that_are_not_used_leave_no_trace_in_what_is_hashed() -> None:
     suite = _suite(sources=[source])
     dumped = suite.model_dump(mode="json")
     assert dumped["sources"][0]["variants"] == [VARIANT]
+    assert dumped["sources"][0]["where"] == {"part_by": None, "part": None, "min_characters": 3}
+    assert set(dumped["sources"][0]["fields"]) == {"prompt", "turns", "category", "constant_category", "id"}
     assert parse(SuiteConfig, dumped, where="again") == suite
