@@ -16,7 +16,7 @@ from vsdbench.paths import cache_dir, list_data, results_dir
 from vsdbench.store.store import list_runs, load_manifest
 from vsdbench.suites.schema import SuiteConfig
 
-KINDS = ("suites", "recipes", "objectives", "drafters", "models", "runs")
+KINDS = ("suites", "recipes", "objectives", "drafters", "peers", "models", "runs")
 
 
 def entries(kind: str, results: Path | None = None) -> list[dict[str, Any]]:
@@ -28,10 +28,9 @@ def entries(kind: str, results: Path | None = None) -> list[dict[str, Any]]:
     listers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "suites": lambda: [_from_yaml(name, path) for name, path in sorted(list_data("suites").items())],
         "recipes": lambda: [_from_yaml(name, path) for name, path in sorted(list_data("recipes").items())],
-        "objectives": lambda: [
-            _from_plugin("vsdbench.objectives", name) for name in registry.names("vsdbench.objectives")
-        ],
-        "drafters": lambda: [_from_plugin("vsdbench.drafters", name) for name in registry.names("vsdbench.drafters")],
+        "objectives": lambda: _from_plugins("vsdbench.objectives"),
+        "drafters": lambda: _from_plugins("vsdbench.drafters"),
+        "peers": lambda: _from_plugins("vsdbench.peers"),
         "models": lambda: [{"name": name, "description": _cached(name)} for name in list_models()],
         "runs": lambda: [_from_run(run) for run in list_runs(results_dir(results))],
     }
@@ -53,7 +52,7 @@ def find(name: str) -> tuple[str, Path | None, str]:
         stem = Path(name).stem if name.endswith(".yaml") else name
         if stem in data:
             return kind.removesuffix("s"), data[stem], data[stem].read_text(encoding="utf-8")
-    for group in ("vsdbench.objectives", "vsdbench.drafters"):
+    for group in ("vsdbench.objectives", "vsdbench.drafters", "vsdbench.peers"):
         names = registry.names(group)
         known += names
         if name in names:
@@ -94,6 +93,8 @@ def validate(path: Path) -> str:
                     registry.load("vsdbench.trainers", "load")(entry.recipe)
                 except ConfigError as error:
                     raise ConfigError(f"{path}: drafter '{entry.name}': {error}") from error
+        for peer in suite.peers:
+            registry.load("vsdbench.peers", peer.type)
         return "suite"
     registry.load("vsdbench.trainers", "check")(data, str(path))
     return "recipe"
@@ -104,13 +105,16 @@ def _from_yaml(name: str, path: Path) -> dict[str, Any]:
     return {"name": name, "description": data.get("description", ""), "path": str(path)}
 
 
-def _from_plugin(group: registry.Group, name: str) -> dict[str, Any]:
-    return {"name": name, "description": _documentation(registry.load(group, name)).partition("\n")[0]}
+def _from_plugins(group: registry.Group) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "description": _documentation(registry.load(group, name)).partition("\n")[0]}
+        for name in registry.names(group)
+    ]
 
 
 def _documentation(plugin: Any) -> str:  # noqa: ANN401 - whatever the plug-in registered
-    """Return the docstring of a class, or of the module that a build function stands in."""
-    documented = plugin if inspect.isclass(plugin) else inspect.getmodule(plugin)
+    """Return the docstring of a class or of a peer's build function, or of the module that a ``build`` stands in."""
+    documented = inspect.getmodule(plugin) if getattr(plugin, "__name__", "") == "build" else plugin
     return inspect.getdoc(documented) or ""
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vsdbench.errors import ConfigError, did_you_mean
 
-Group = Literal["vsdbench.drafters", "vsdbench.objectives", "vsdbench.trainers"]
+Group = Literal["vsdbench.drafters", "vsdbench.objectives", "vsdbench.peers", "vsdbench.trainers"]
 
 
 def _found(group: Group) -> dict[str, EntryPoint]:

@@ -40,6 +40,7 @@ def config(monkeypatch, target):
         generation=SimpleNamespace(max_new_tokens=20),
         baselines=["autoregressive", "hf-generate"],
         drafters=[DrafterEntry(name="ngram", type="ngram")],
+        peers=[],
     )
     prompts = [
         make_prompt(identifier=str(number), category="c", turns=turns, source="s")

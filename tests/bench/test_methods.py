@@ -16,7 +16,8 @@ TARGET = SimpleNamespace(name="toy")
 
 
 def suite(*drafters, baselines=("autoregressive", "hf-generate")):
-    return SimpleNamespace(baselines=list(baselines), drafters=[DrafterEntry(**entry) for entry in drafters])
+    entries = [DrafterEntry(**entry) for entry in drafters]
+    return SimpleNamespace(baselines=list(baselines), drafters=entries, peers=[])
 
 
 @pytest.fixture

@@ -140,14 +140,15 @@ def loadable(monkeypatch):
     from types import SimpleNamespace
 
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures import draft_model
 
     def load(path, *, name, **_):
         target = make_target()
         target.tokenizer = _Vocabulary(int(name) if name.isdigit() else VOCAB)
         return target
 
-    monkeypatch.setattr(draft_model, "fetch_model", lambda name: SimpleNamespace(path=name, fingerprint="0"))
+    monkeypatch.setattr(
+        "vsdbench.models.draft_model.fetch_model", lambda name: SimpleNamespace(path=name, fingerprint="0")
+    )
     monkeypatch.setattr(Target, "load", staticmethod(load))
     target = make_target()
     target.tokenizer = _Vocabulary(VOCAB)

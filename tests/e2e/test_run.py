@@ -144,6 +144,23 @@ def test_limit_keeps_every_category(workspace):
     assert len({line["prompt_id"] for line in lines}) == 2
 
 
+def test_peers_are_measured_beside_the_drafters(workspace):
+    peers = [
+        {"name": "lookup", "type": "hf-prompt-lookup"},
+        {"name": "assisted", "type": "hf-assisted", "options": {"model": str(workspace.model), "num_tokens": 3}},
+    ]
+    suite = workspace.write_suite("peers", peers=peers, repeats=1)
+    assert workspace.run("--dry-run", "--json", suite=suite).code == 0
+    result = workspace.run("--json", "--limit", "2", suite=suite)
+    assert result.code == 0
+    rows = {row["drafter"]: row for row in json.loads(result.out)["results"] if row["category"] is None}
+    for name in ("lookup", "assisted"):
+        assert rows[name]["tau"] >= 1
+        assert rows[name]["speedup"] > 0
+        assert rows[name]["lossless"]["equal"] == rows[name]["lossless"]["checked"] > 0
+    assert rows["assisted"]["tau"] > 2  # a model agrees with itself
+
+
 def test_two_suites_in_one_command_make_two_runs(workspace):
     second = workspace.write_suite("second")
     result = workspace.run(

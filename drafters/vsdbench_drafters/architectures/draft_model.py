@@ -16,8 +16,8 @@ from torch import Tensor
 from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
 from vsdbench.decoding.tree import grow
 from vsdbench.errors import ConfigError
+from vsdbench.models.draft_model import load_draft_model
 from vsdbench.models.kv_cache import PreallocatedCache
-from vsdbench.models.source import fetch_model
 from vsdbench.models.target import Target
 
 _MAX_SCRATCH = 1024
@@ -137,10 +137,5 @@ def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -
     name = str(checkpoint) if checkpoint is not None else options.get("model")
     if not name:
         raise ConfigError("draft_model needs the option 'model': a hub id, a model folder or an embedded model.")
-    files = fetch_model(name)
-    model = Target.load(files.path, name=name, fingerprint=files.fingerprint, device=target.device, dtype=target.dtype)
-    if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise ConfigError(f"'{name}' has another vocabulary than '{target.name}': a draft model must share it.")
-    if layers is not None:
-        model.keep_layers(layers)
+    model = load_draft_model(target, name, num_layers=layers)
     return DraftModelDrafter(model, target.vocab_size)

@@ -72,6 +72,7 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         tau = TAU_TRAINED if _is_model(entry) else TAU_UNTRAINED
         seconds = decodes * prefill_s + tokens / tau * (tree_s + draft_s)
         methods.append({"name": entry.name, "seconds": seconds})
+    methods += [{"name": peer.name, "seconds": decodes * prefill_s + tokens * step_s} for peer in config.peers]
     training = _training(config)
     total = sum(m["seconds"] for m in methods) + sum(t["seconds"] for t in training if not t["cached"])
     return {

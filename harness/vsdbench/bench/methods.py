@@ -69,7 +69,7 @@ def build_methods(
     calibration: Sequence[Sequence[int]] = (),
     chosen: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> list[Method]:
-    """Return the suite's methods, baselines first, training what is missing.
+    """Return the suite's methods: baselines, drafters, peers; training what is missing.
 
     Args:
         suite: What is compared.
@@ -79,12 +79,16 @@ def build_methods(
         chosen: Trees chosen before, by method and mode, for a run that goes on.
 
     Raises:
-        ConfigError: The same-engine baseline is missing, or a drafter is unknown or misconfigured.
+        ConfigError: The same-engine baseline is missing, or a drafter or peer is unknown or misconfigured.
     """
     if REFERENCE not in suite.baselines:
         raise ConfigError(f"baselines is {list(suite.baselines)}: '{REFERENCE}' must be among them, as the reference.")
     # An unknown drafter is found before the first of them is trained.
     builders = [registry.load("vsdbench.drafters", entry.type) for entry in suite.drafters]
+    peers = [
+        Method(name=peer.name, kind="drafter", run=registry.load("vsdbench.peers", peer.type)(target, peer.options))
+        for peer in suite.peers
+    ]
     methods = [_baseline(name, target) for name in suite.baselines]
     for entry, builder in zip(suite.drafters, builders, strict=True):
         method = _drafter(entry, builder, target, console)
@@ -93,7 +97,7 @@ def build_methods(
             measured_on = (target, calibration)
             method = _with_chosen_trees(method, suite, entry, measured_on=measured_on, known=known, console=console)
         methods.append(method)
-    return methods
+    return [*methods, *peers]
 
 
 def _with_chosen_trees(

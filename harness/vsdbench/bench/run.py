@@ -129,6 +129,8 @@ def run_suite(
     suite = open_suite(name, options, console)
     for entry in suite.config.drafters:
         registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error before anything is loaded
+    for peer in suite.config.peers:
+        registry.load("vsdbench.peers", peer.type)
     for note in suite.notes:
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, options, console)

@@ -14,7 +14,7 @@ from vsdbench.cli.common import Device, Diagnostics, Json, Quiet, Results, app, 
 @app.command("list")
 @verb
 def list_(
-    kind: Annotated[str, typer.Argument(help="suites, recipes, objectives, drafters, models or runs.")],
+    kind: Annotated[str, typer.Argument(help="suites, recipes, objectives, drafters, peers, models or runs.")],
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +33,7 @@ def list_(
 @app.command()
 @verb
 def show(
-    name: Annotated[str, typer.Argument(help="A suite, recipe, objective, drafter or run.")],
+    name: Annotated[str, typer.Argument(help="A suite, recipe, objective, drafter, peer or run.")],
     results: Results = None,
     diagnostics: Diagnostics = False,
     as_json: Json = False,

@@ -57,7 +57,7 @@ class _CoupledDraw(LogitsProcessor):  # type: ignore[misc]
 
 
 @contextmanager
-def _only(model: Any, config: GenerationConfig) -> Iterator[None]:  # noqa: ANN401 - a transformers model
+def only(model: Any, config: GenerationConfig) -> Iterator[None]:  # noqa: ANN401 - a transformers model
     """Let nothing but ``config`` decide: ``generate`` fills what it leaves open from the model's own defaults.
 
     Those may hold a repetition penalty or an end token, and then the baseline would answer something else.
@@ -69,6 +69,45 @@ def _only(model: Any, config: GenerationConfig) -> Iterator[None]:  # noqa: ANN4
         model.generation_config = own
 
 
+def generation_config(
+    target: Target,
+    prompt: Sequence[int],
+    settings: DecodeSettings,
+    **more: Any,  # noqa: ANN401 - GenerationConfig's
+) -> GenerationConfig:
+    """Return how ``generate`` shall decode: greedy (keyed draws are a logits processor), up to the answer's end.
+
+    Raises:
+        ConfigError: The prompt is empty or longer than the target's context.
+    """
+    if not prompt:
+        raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
+    eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
+    return GenerationConfig(
+        max_new_tokens=end_of_answer(target, prompt, settings) - len(prompt),
+        do_sample=False,
+        eos_token_id=sorted(eos_ids) or None,
+        # Nothing is padded; a token of the prompt would be taken for padding and be hidden from a draft model.
+        pad_token_id=min(set(range(len(prompt) + 1)) - set(prompt)),
+        use_cache=True,
+        **more,
+    )
+
+
+def keyed_processors(settings: DecodeSettings) -> LogitsProcessorList:
+    """Return the logits processors that leave plain decoding's token: none when it is greedy."""
+    drawn = settings.sampling.temperature > 0
+    return LogitsProcessorList([_CoupledDraw(settings.sampling, settings.seed)] if drawn else [])
+
+
+def stop_reason(target: Target, tokens: Sequence[int], prompt: Sequence[int], settings: DecodeSettings) -> str:
+    """Return why an answer ended: ``eos``, ``length`` or ``context``."""
+    if tokens[-1] in (target.eos_ids if settings.eos_ids is None else settings.eos_ids):
+        return "eos"
+    room = end_of_answer(target, prompt, settings) - len(prompt)
+    return "length" if room == settings.max_new_tokens else "context"
+
+
 @torch.inference_mode()
 def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings) -> Generation:
     """Return the answer of ``model.generate`` with its prefill and decode times (no steps: it has no trees).
@@ -76,37 +115,23 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings)
     Raises:
         ConfigError: The prompt is empty or longer than the target's context.
     """
-    eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
-    if not prompt:
-        raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
-    room = end_of_answer(target, prompt, settings) - len(prompt)
-    config = GenerationConfig(
-        max_new_tokens=room,
-        do_sample=False,
-        eos_token_id=sorted(eos_ids) or None,
-        pad_token_id=min(eos_ids, default=0),
-        use_cache=True,
-    )
-    processors = LogitsProcessorList()
-    if settings.sampling.temperature > 0:
-        processors.append(_CoupledDraw(settings.sampling, settings.seed))
+    config = generation_config(target, prompt, settings)
     clock = _Clock(target.device)
     ids = torch.tensor([list(prompt)], device=target.device)
-    with target.as_shipped() as model, _only(model, config):
+    with target.as_shipped() as model, only(model, config):
         synchronize(target.device)
         started = time.perf_counter()
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
-            logits_processor=processors,
+            logits_processor=keyed_processors(settings),
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     tokens = output[0, len(prompt) :].tolist()
-    stop = "eos" if tokens[-1] in eos_ids else "length" if room == settings.max_new_tokens else "context"
     return Generation(
         token_ids=tokens,
-        stop_reason=stop,
+        stop_reason=stop_reason(target, tokens, prompt, settings),
         prefill_s=clock.times[0] - started,
         decode_s=clock.times[-1] - clock.times[0],
     )

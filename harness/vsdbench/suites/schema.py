@@ -106,6 +106,20 @@ class DrafterEntry(Config):
     tree: TreeConfig = TreeConfig()
 
 
+class PeerEntry(Config):
+    """Another implementation of a decode loop, measured on the same weights beside the drafters.
+
+    Attributes:
+        name: What the tables call it.
+        type: Entry-point name (group ``vsdbench.peers``).
+        options: Its options.
+    """
+
+    name: Name
+    type: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
 class SuiteConfig(Config):
     """A suite: prompts, generation, modes, drafters and baselines, under a name and a version.
 
@@ -121,6 +135,7 @@ class SuiteConfig(Config):
         repeats: How often every prompt is decoded by every method.
         baselines: What speed is compared with.
         drafters: What is measured.
+        peers: Decode loops of others that are measured beside them.
         seed: Of the slices, the interleaving and the sampling.
         expected_prompts_sha256: Hash of the prompts as loaded in full; checked when nothing was overridden that
             changes them.
@@ -137,6 +152,7 @@ class SuiteConfig(Config):
     repeats: int = Field(default=2, ge=1)
     baselines: list[Baseline] = Field(default=["autoregressive", "hf-generate"], min_length=1)
     drafters: list[DrafterEntry] = Field(min_length=1)
+    peers: list[PeerEntry] = Field(default_factory=list)
     seed: int = Field(default=0, ge=0)
     expected_prompts_sha256: Sha256 | None = None
 
@@ -146,7 +162,11 @@ class SuiteConfig(Config):
             "sources": [source.name for source in self.sources],
             "modes": [mode.name for mode in self.modes],
             "baselines": list(self.baselines),
-            "drafters and baselines": [*self.baselines, *(drafter.name for drafter in self.drafters)],
+            "drafters, peers and baselines": [
+                *self.baselines,
+                *(drafter.name for drafter in self.drafters),
+                *(peer.name for peer in self.peers),
+            ],
         }
         for what, entries in lists.items():
             twice = next((name for name in entries if entries.count(name) > 1), None)
