@@ -12,8 +12,11 @@ from urllib.request import urlopen
 import torch
 from rich.table import Table
 
+from vsdbench.bench.decode_step import measure_steps
 from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, synchronize
-from vsdbench.models.source import DEFAULT_MODEL
+from vsdbench.models.packed import can_pack
+from vsdbench.models.source import DEFAULT_MODEL, fetch_model
+from vsdbench.models.target import Target
 from vsdbench.paths import cache_dir, list_data
 from vsdbench.provenance import machine
 
@@ -52,8 +55,19 @@ def examine(device_name: str = "auto") -> dict[str, Any]:
         step_bytes = cache["default_model_bytes"] / 4 * dtype.itemsize
         bound = speed["memory_bandwidth_gb_per_s"] * 1e9 / step_bytes
     speed["bandwidth_bound_tokens_per_s"] = bound
+    speed["decode_step"] = _decode_step(device, dtype) if bound is not None else None
     found = machine()
     return {"schema": 1, "machine": found, "speed": speed, "cache": cache, "checks": _checks(found)}
+
+
+def _decode_step(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return what a step of plain decoding of the embedded target costs here; None on other devices than CPUs."""
+    if device.type != "cpu" or not can_pack(device, dtype):
+        return None
+    files = fetch_model(DEFAULT_MODEL, progress=False)
+    target = Target.load(files.path, name=DEFAULT_MODEL, fingerprint=files.fingerprint, device=device, dtype=dtype)
+    (line,) = measure_steps(target, [1], context=256, repeats=9)
+    return line
 
 
 def memory_bandwidth(device: torch.device) -> float:
@@ -164,6 +178,14 @@ def print_examination(report: dict[str, Any], console: Console) -> None:
     if speed["bandwidth_bound_tokens_per_s"]:
         console.print(
             f"memory-bandwidth bound of {DEFAULT_MODEL}: {speed['bandwidth_bound_tokens_per_s']:.0f} tokens/s"
+        )
+    if step := speed["decode_step"]:
+        step_ms = step["fused_ms"] or step["own_ms"]
+        bound_ms = 1e3 / speed["bandwidth_bound_tokens_per_s"]
+        console.print(
+            f"a step of its plain decoding: {step_ms:.1f} ms; its matrix products alone {step['products_ms']:.1f} ms "
+            f"({100 * step['products_ms'] / step_ms:.0f} % of it), reading its weights {bound_ms:.1f} ms "
+            f"({100 * bound_ms / step_ms:.0f} %)"
         )
     table = Table("", "check", "found", "fix", box=None, pad_edge=False)
     for check in report["checks"]:

@@ -1,0 +1,99 @@
+"""What one forward of the target costs in decoding: its matrix products alone, its own layers, the fused ones.
+
+The products back to back ("floor") are what a step of this engine cannot go below on this machine; what is over them is
+small operations and their calls. All in turns in one process, so that ratios hold where times do not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vsdbench.decoding.interfaces import TokenTree
+from vsdbench.decoding.tree import empty_tree
+from vsdbench.models.packed import PackedLinear
+
+if TYPE_CHECKING:
+    from vsdbench.models.fused import FusedLayers
+    from vsdbench.models.target import Target
+
+WARM_UP = 3
+
+
+@torch.inference_mode()
+def measure_steps(target: Target, rows: Sequence[int], *, context: int, repeats: int) -> list[dict[str, Any]]:
+    """Return one line a number of rows: median milliseconds ``products_ms``, ``own_ms``, ``fused_ms``, and ratios.
+
+    ``fused_ms`` is null where the target runs its own layers.
+
+    Args:
+        target: On a CPU, its linear layers packed.
+        rows: Root and draft tokens of a step, 1 for plain decoding.
+        context: Tokens before the step.
+        repeats: Turns that count.
+    """
+    state = target.prefill([index % target.vocab_size for index in range(context)], context + max(rows) + 1)
+    state.tokens.append(1)
+    fused = target.fused_layers
+    trees = {count: _chain(count - 1) for count in rows}
+
+    def forward(count: int, layers: FusedLayers | None) -> None:
+        target.fused_layers = layers
+        target.forward_tree(state, trees[count])
+
+    variants: dict[str, Callable[[int], None]] = {
+        "products": _products(target),
+        "own": lambda count: forward(count, None),
+    }
+    if fused is not None:
+        variants["fused"] = lambda count: forward(count, fused)
+    times: dict[tuple[str, int], list[float]] = {(name, count): [] for name in variants for count in rows}
+    try:
+        for repeat in range(repeats + WARM_UP):
+            for count in rows:
+                for name, run in variants.items():
+                    started = time.perf_counter()
+                    run(count)
+                    if repeat >= WARM_UP:
+                        times[name, count].append(1e3 * (time.perf_counter() - started))
+    finally:
+        target.fused_layers = fused
+    return [_line(count, {name: statistics.median(times[name, count]) for name in variants}) for count in rows]
+
+
+def _line(rows: int, medians: dict[str, float]) -> dict[str, Any]:
+    floor, own, fused = medians["products"], medians["own"], medians.get("fused")
+    return {
+        "rows": rows,
+        "products_ms": floor,
+        "own_ms": own,
+        "fused_ms": fused,
+        "own_over_products": own / floor,
+        "fused_over_products": None if fused is None else fused / floor,
+    }
+
+
+def _chain(num_nodes: int) -> TokenTree:
+    """Return a chain of any tokens."""
+    if not num_nodes:
+        return empty_tree(torch.device("cpu"))
+    tokens = torch.arange(num_nodes) + 1
+    return TokenTree(tokens, range(-1, num_nodes - 1), range(1, num_nodes + 1), tokens.float())
+
+
+def _products(target: Target) -> Callable[[int], None]:
+    """Return the function that runs all linear layers of a step of n rows, one after the other, and nothing else."""
+    decoder = [module for module in target.model.get_decoder().modules() if isinstance(module, PackedLinear)]
+    layers = [*decoder, target.model.get_output_embeddings()]
+    widths = {layer.in_features for layer in layers}
+
+    def run(rows: int) -> None:
+        inputs = {width: torch.zeros(rows, width, dtype=target.dtype) for width in widths}
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    return run
