@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from rich.console import Console
 
+from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.baseline import hf_generate
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
@@ -84,7 +85,7 @@ def main() -> int:
         )
         suite = open_suite(options.suite, run_options, console)
         target = load_target(suite.config.target, run_options, console)
-        prompts = [target.encode_chat([{"role": "user", "content": prompt.turns[0]}]) for prompt in suite.prompts]
+        prompts = [encode_turn(target, prompt, suite.config.generation) for prompt in suite.prompts]
         result = measure(target, prompts, options.tokens, options.repeats)
     except VsdbenchError as error:
         console.print(f"[red]error:[/] {error}")

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.lossless import compare
 from vsdbench.bench.methods import REFERENCE, Method, build_methods, engine_method
 from vsdbench.bench.run import RunOptions, load_target, open_suite
@@ -92,7 +93,7 @@ class Sweep:
         cases = [case for case in self.cases if case.mode == mode and self._key(prompt, case) not in self.lines]
         if not cases:
             return
-        tokens = self._encode(prompt)
+        tokens = encode_turn(self.target, prompt, self.suite.config.generation)
         reference = self.reference.run(tokens, self._settings(prompt, mode, TreeShape(budget=0))).token_ids
         for case in cases:
             settings = self._settings(prompt, mode, SHAPES[case.shape])
@@ -114,13 +115,6 @@ class Sweep:
                     "divergence": divergence.model_dump(mode="json") if divergence else None,
                 },
             )
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        generation = self.suite.config.generation
-        if not generation.chat:
-            return [int(token) for token in self.target.tokenizer(prompt.turns[0])["input_ids"]]
-        system = [{"role": "system", "content": generation.system}] if generation.system is not None else []
-        return self.target.encode_chat([*system, {"role": "user", "content": prompt.turns[0]}])
 
     def _settings(self, prompt: Prompt, mode: str, shape: TreeShape) -> DecodeSettings:
         return DecodeSettings(

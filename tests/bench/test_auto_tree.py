@@ -135,7 +135,7 @@ def test_prompts_to_look_at_are_those_that_the_suite_left_out():
     prompts = [
         Prompt(id=str(n), turns=(f"prompt {n}",), category="c", source="s", hash=str(n)) for n in range(NUM_PROMPTS + 4)
     ]
-    target = SimpleNamespace(max_positions=400, tokenizer=lambda text: {"input_ids": [len(text), *text.encode()]})
+    target = SimpleNamespace(max_positions=400, encode_text=lambda text, images: [len(text), *text.encode()])
     assert calibration_prompts(suite_of(TreeConfig(), prompts), target) == []
     spare = calibration_prompts(suite_of(TreeConfig(kind="auto"), prompts), target)
     assert len(spare) == NUM_PROMPTS

@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tests.decoding.tiny import SHAPES, VOCAB, make_model, make_prompt, make_target, plain, settings
+from tests.models.tiny_vision import make_image
+from tests.models.tiny_vision import make_target as make_vision_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -112,6 +114,22 @@ def test_a_wider_draft_vocabulary_is_cut_to_the_targets():
     for shape in SHAPES:
         chosen = settings(16, temperature=1.0, shape=shape)
         assert decode(target, drafter, PROMPT, chosen).token_ids == plain(target, PROMPT, chosen)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+def test_it_is_shown_the_images_if_it_reads_any(family):
+    target, itself = (make_vision_target(family, dtype=torch.float32) for _ in range(2))
+    prompt = target.encode_chat([{"role": "user", "content": "What?", "images": [make_image(1), make_image(2)]}])
+    shape = TreeShape(kind="chain", budget=3, depth=3, top_k=1)
+    chosen = settings(17, shape=shape)
+    reference = plain(target, prompt, chosen)
+    generation = decode(target, DraftModelDrafter(itself, target.vocab_size), prompt, chosen)
+    assert generation.token_ids == reference
+    assert [step.num_accepted for step in generation.steps] == [3] * 4  # it agrees with itself to the last token
+    blind = decode(target, DraftModelDrafter(itself, target.vocab_size), list(prompt), chosen)
+    assert blind.token_ids != reference
+    text = make_target(vocab_size=target.vocab_size)
+    assert decode(target, DraftModelDrafter(text, target.vocab_size), prompt, chosen).token_ids == reference
 
 
 def test_sequences_do_not_depend_on_earlier_ones():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -61,3 +63,19 @@ def test_what_it_cannot_do_is_refused(what):
     query, key, value, mask = tensors(4, 2, 2, 3)
     with pytest.raises(ValueError, match="soft-capping"):
         grouped_attention(None, query, key, value, mask, **{what: 30.0})
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_without_a_mask_the_layer_or_the_caller_says_whether_it_is_causal(heads, kv_heads):
+    query, key, value, _ = tensors(heads, kv_heads, 5, 5)
+    open_mask = torch.zeros(5, 5, dtype=torch.float64)
+    causal_mask = torch.full((5, 5), -1e300, dtype=torch.float64).triu(1)
+
+    def attend(module=None, **said):
+        return grouped_attention(module, query, key, value, None, **said)[0]
+
+    seeing_all, seeing_back = (naive(query, key, value, mask, 8**-0.5) for mask in (open_mask, causal_mask))
+    torch.testing.assert_close(attend(), seeing_back)
+    torch.testing.assert_close(attend(SimpleNamespace(is_causal=True), is_causal=None), seeing_back)
+    torch.testing.assert_close(attend(SimpleNamespace(is_causal=False)), seeing_all)
+    torch.testing.assert_close(attend(SimpleNamespace(is_causal=True), is_causal=False), seeing_all)

@@ -1,7 +1,8 @@
 """An independent draft model: any smaller model with the target's tokenizer. Nothing is trained.
 
 Source: speculative decoding with a draft model (arXiv 2211.17192, 2302.01318), here with every tree shape. With
-``num_layers`` the model is cut after that many layers, so a target can draft for itself (early exit).
+``num_layers`` the model is cut after that many layers, so a target can draft for itself (early exit). One that reads
+images is shown those of the prompt; to one of text they are placeholders.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
 from vsdbench.decoding.tree import grow
 from vsdbench.errors import ConfigError
 from vsdbench.models.draft_model import load_draft_model
+from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import PreallocatedCache
 from vsdbench.models.target import Target
 
@@ -38,12 +40,18 @@ class DraftModelDrafter:
         self.model = model
         self.vocab_size = vocab_size
         self._cache: PreallocatedCache | None = None
+        self._position_offset = 0
 
     @torch.inference_mode()
     def begin(self, state: TargetState, max_length: int) -> None:
         """Run the draft model over the prompt; the root is left for the first proposal."""
         # Scratch keys of a growing tree stand behind the committed ones: scored levels are at most top_k wide.
         capacity = max_length + _MAX_SCRATCH
+        if isinstance(state.prompt, ImagePrompt) and self.model.reads_images:
+            own = self.model.prefill(state.prompt, capacity)
+            self._cache, self._position_offset = own.cache, own.position_offset
+            return
+        self._position_offset = 0
         if self._cache is None or self._cache.capacity < capacity:
             self._cache = PreallocatedCache(self.model.num_layers, capacity)
         self._cache.reset()
@@ -76,7 +84,9 @@ class DraftModelDrafter:
         keys = torch.arange(stop, device=device)
         visible = positions[:, None] >= keys[None, :]
         ids = torch.tensor(list(tokens), device=device)
-        logits = self.model.forward(ids, positions, visible, keys, cache, logits_to_keep=1)
+        logits = self.model.forward(
+            ids, positions, visible, keys, cache, logits_to_keep=1, position_offset=self._position_offset
+        )
         cache.length = stop
         return logits[-1].float()
 
@@ -106,7 +116,7 @@ class DraftModelDrafter:
         scratch = torch.tensor(self._depths, device=device) + self._base - 1
         keys = torch.cat([torch.arange(self._base, device=device), scratch])
         cache.length = self._base + first
-        logits = self.model.forward(tokens, positions, visible, keys, cache)
+        logits = self.model.forward(tokens, positions, visible, keys, cache, position_offset=self._position_offset)
         return self._log_probs(logits.float())
 
     def to_target(self, ids: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class DataConfig(Config):
 class Encoder(Protocol):
     """Renders a conversation."""
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...  # noqa: D102
+    def encode_chat(self, messages: Sequence[Message]) -> Sequence[int]: ...  # noqa: D102
 
 
 class DataTarget(Encoder, Protocol):
@@ -252,7 +252,7 @@ class _Maker:
         if key in self._answers:
             return
         index, config = key % HELDOUT_OFFSET, self._config
-        ids = self._target.encode_chat(prompts[index].messages)
+        ids = list(self._target.encode_chat(prompts[index].messages))
         prefix = len(self._prefix)
         if prefix < len(ids) <= config.max_prompt_tokens and ids[:prefix] == self._prefix:
             self._in_flight += 1

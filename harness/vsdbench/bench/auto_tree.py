@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vsdbench.bench.conversation import encode_turn
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TokenTree, TreeShape
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.suites.prompts import stratified
+from vsdbench.suites.prompts import make_prompt, stratified
 
 if TYPE_CHECKING:
     import torch
@@ -314,20 +315,19 @@ def choose_trees(
     }
 
 
-def calibration_prompts(suite: Suite, target: Target) -> list[list[int]]:
+def calibration_prompts(suite: Suite, target: Target) -> list[Sequence[int]]:
     """Return the token ids of prompts to look at before a run: of the suite's sources if they have more, else our own.
 
-    None where no tree is chosen. Each leaves room for an answer.
+    None where no tree is chosen. Each leaves room for an answer. Ours have no images, so a few that do go before them.
     """
     if not any(entry.tree.kind == "auto" for entry in suite.config.drafters):
         return []
     spare = stratified(suite.spare, NUM_PROMPTS, suite.config.seed)
-    texts = [prompt.turns[0] for prompt in spare] if len(spare) == NUM_PROMPTS else list(PROMPTS)
-    generation = suite.config.generation
-    system = [] if generation.system is None else [{"role": "system", "content": generation.system}]
-    if generation.chat:
-        encoded = [target.encode_chat([*system, {"role": "user", "content": text}]) for text in texts]
-    else:
-        encoded = [[int(token) for token in target.tokenizer(text)["input_ids"]] for text in texts]
+    if len(spare) < NUM_PROMPTS and not any(prompt.images for prompt in spare):
+        spare = [make_prompt(identifier=text, category="", turns=[text], source="own") for text in PROMPTS]
+    encoded = [encode_turn(target, prompt, suite.config.generation) for prompt in spare]
     room = target.max_positions - ANSWER_TOKENS
-    return [prompt for prompt in encoded if 0 < len(prompt) < room] or [encoded[0][: max(1, room - 1)]]
+    if fitting := [prompt for prompt in encoded if 0 < len(prompt) < room]:
+        return fitting
+    text = encode_turn(target, replace(spare[0], images=()), suite.config.generation)
+    return [list(text)[: max(1, room - 1)]]

@@ -17,10 +17,12 @@ import torch
 from rich.table import Table
 
 from vsdbench import registry
+from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.models.device import synchronize
+from vsdbench.models.image_prompt import num_image_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +63,11 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
     tokens = decodes * config.generation.max_new_tokens * ANSWER_FILL
     longest = max(sum(len(turn) for turn in prompt.turns) for prompt in suite.prompts) // 3
     context = longest + config.generation.max_new_tokens
-    prefill_s, step_s = _autoregressive(target, min(context, target.max_positions // 2))
+    sample: Sequence[int] = [i % min(100, target.vocab_size) for i in range(min(context, target.max_positions // 2))]
+    if seeing := next((prompt for prompt in suite.prompts if prompt.images), None):
+        sample = encode_turn(target, seeing, config.generation)
+        context += num_image_tokens(sample)
+    prefill_s, step_s = _autoregressive(target, sample)
     methods: list[dict[str, Any]] = [
         {"name": baseline, "seconds": decodes * prefill_s + tokens * step_s} for baseline in config.baselines
     ]
@@ -119,10 +125,9 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _autoregressive(target: Target, context: int) -> tuple[float, float]:
-    """Return measured seconds of a prefill of ``context`` tokens and of one decode step after it."""
+def _autoregressive(target: Target, prompt: Sequence[int]) -> tuple[float, float]:
+    """Return measured seconds of a prompt's prefill and of one decode step after it."""
     settings = DecodeSettings(max_new_tokens=12, eos_ids=frozenset())
-    prompt = [i % min(100, target.vocab_size) for i in range(context)]
     decode(target, Autoregressive(), prompt, settings)
     generation = decode(target, Autoregressive(), prompt, settings)
     return generation.prefill_s, generation.decode_s / len(generation.steps)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vsdbench import registry
 from vsdbench.bench.auto_tree import calibration_prompts
+from vsdbench.bench.conversation import check_images
 from vsdbench.bench.methods import Method, build_methods
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
@@ -134,6 +135,7 @@ def run_suite(
     for note in suite.notes:
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, options, console)
+    check_images(target, suite)  # before anything is trained
     key = run_key(suite, target)
     found = _find_resumable(key, options, console)
     methods = build_methods(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.diagnostics import diagnose
 from vsdbench.bench.lossless import compare
 from vsdbench.bench.methods import REFERENCE, Method
@@ -19,6 +20,7 @@ from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
+from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.store.records import Record, RecordKey, Steps, Tree, hash_tokens
 from vsdbench.store.store import RunStore, load_outputs, load_records
 
@@ -188,6 +190,7 @@ class Runner:
             max_new_tokens=settings.max_new_tokens,
             stop_reason=generation.stop_reason,
             num_prompt_tokens=len(prompt),
+            num_image_tokens=num_image_tokens(prompt),
             num_output_tokens=len(generation.token_ids),
             output_sha256=hash_tokens(generation.token_ids),
             prefill_s=generation.prefill_s,
@@ -223,19 +226,13 @@ class Runner:
         random.Random(key).shuffle(methods)
         return methods
 
-    def _encode(self, block: Block) -> list[int]:
+    def _encode(self, block: Block) -> Sequence[int]:
         """Return the prompt's tokens: the conversation so far, with the reference's answers to the earlier turns."""
-        generation = self.suite.config.generation
-        if not generation.chat:
-            return [int(token) for token in self.target.tokenizer(block.prompt.turns[block.turn])["input_ids"]]
-        messages = [{"role": "system", "content": generation.system}] if generation.system is not None else []
-        for turn in range(block.turn + 1):
-            messages.append({"role": "user", "content": block.prompt.turns[turn]})
-            if turn < block.turn:
-                answer = self._references[self._reference_key(Block(block.prompt, block.mode, turn, 0))]
-                text = self.target.tokenizer.decode(answer, skip_special_tokens=True)
-                messages.append({"role": "assistant", "content": text})
-        return self.target.encode_chat(messages)
+        answers = []
+        for turn in range(block.turn):
+            tokens = self._references[self._reference_key(Block(block.prompt, block.mode, turn, 0))]
+            answers.append(self.target.tokenizer.decode(tokens, skip_special_tokens=True))
+        return encode_turn(self.target, block.prompt, self.suite.config.generation, answers)
 
     def _key(self, block: Block, method: Method) -> RecordKey:
         mode = block.mode

@@ -21,6 +21,8 @@ from vsdbench.decoding.interfaces import Generation
 from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
 from vsdbench.errors import ConfigError
 from vsdbench.models.device import synchronize
+from vsdbench.models.image_prefill import on_device
+from vsdbench.models.image_prompt import ImagePrompt
 
 if TYPE_CHECKING:
     from vsdbench.decoding.engine import DecodeSettings
@@ -118,12 +120,14 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings)
     config = generation_config(target, prompt, settings)
     clock = _Clock(target.device)
     ids = torch.tensor([list(prompt)], device=target.device)
+    images = on_device(target, prompt.inputs_for(len(prompt))) if isinstance(prompt, ImagePrompt) else {}
     with target.as_shipped() as model, only(model, config):
         synchronize(target.device)
         started = time.perf_counter()
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            **images,
             generation_config=config,
             logits_processor=keyed_processors(settings),
             stopping_criteria=StoppingCriteriaList([clock]),

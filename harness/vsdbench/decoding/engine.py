@@ -33,7 +33,8 @@ from vsdbench.models.device import synchronize
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vsdbench.models.target import SequenceState, Target
+    from vsdbench.models.state import SequenceState
+    from vsdbench.models.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,8 @@ class TargetState(Protocol):
 
     tokens: list[int]
     """Prompt and committed tokens; the last one is the root of the next step and is not in the cache yet."""
+    prompt: Sequence[int]
+    """The prompt as it was given, with its images if it has any (``models.image_prompt``)."""
     features: Tensor
     """``[L, 4H]`` features of the prompt, for the drafter's own prefill."""
     next_logits: Tensor

@@ -29,23 +29,25 @@ def grouped_attention(  # noqa: PLR0917 - the order is transformers'
     """Return ``[B, n, heads, head_dim]`` attention outputs (and no weights).
 
     Args:
-        module: The attention layer (unused but for the interface).
+        module: The attention layer.
         query: ``[B, heads, n, head_dim]``.
         key: ``[B, kv_heads, K, head_dim]``.
         value: ``[B, kv_heads, K, value_dim]``.
         attention_mask: ``[B or 1, 1, n, K]`` additive, or already once a query head of a group, ``[…, heads / kv_heads
-            * n, K]`` (``stack_mask``); None for full causal attention.
+            * n, K]`` (``stack_mask``); None for full attention, causal unless the layer says that it is not.
         dropout: Dropout probability.
         scaling: Factor of the scores; None means 1 / sqrt(head_dim).
         **kwargs: ``softcap`` and ``s_aux`` (attention sinks) are refused: such models use their eager attention.
+            ``is_causal`` goes before the layer's own word; vision towers are not causal.
     """
-    del module
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         msg = "this attention supports neither soft-capping nor sinks; load the target with attention='eager'"
         raise ValueError(msg)
     batch, heads, num_queries, width = query.shape
     groups = heads // key.shape[1]
     if attention_mask is None or groups == 1:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
         output = scaled_dot_product_attention(
             query,
             key,
@@ -53,7 +55,7 @@ def grouped_attention(  # noqa: PLR0917 - the order is transformers'
             attn_mask=attention_mask,
             dropout_p=dropout,
             scale=scaling,
-            is_causal=attention_mask is None and num_queries > 1,
+            is_causal=attention_mask is None and num_queries > 1 and bool(causal),
             enable_gqa=groups > 1,
         )
         return output.transpose(1, 2).contiguous(), None
@@ -68,9 +70,9 @@ def stack_mask(mask: Tensor, groups: int) -> Tensor:
     return mask if groups == 1 or mask.shape[-2] == 1 else mask.repeat(1, 1, groups, 1)
 
 
-def groups(model: nn.Module) -> int:
-    """Return the query heads that share a key-value head, 1 where layers differ or do not say."""
-    found = {int(getattr(module, "num_key_value_groups", 0)) for module in model.modules()} - {0}
+def groups(decoder: nn.Module) -> int:
+    """Return the query heads that share a key-value head, 1 where a decoder's layers differ or do not say."""
+    found = {int(getattr(module, "num_key_value_groups", 0)) for module in decoder.modules()} - {0}
     return found.pop() if len(found) == 1 else 1
 
 

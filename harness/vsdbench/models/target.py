@@ -2,16 +2,16 @@
 
 The model's own code computes everything; this file only supplies what tree decoding needs around it: explicit masks
 and positions, a cache that can be compacted, and the drafter's features: the hidden states that enter three layers,
-and the last one.
+and the last one. A model that reads images is a target too, if its language model is decoder-only: after the prompt
+there is text alone (``image_prefill`` says how the prompt is read).
 
 Shape legend: L prompt tokens, N draft tokens, C committed tokens in the cache, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from vsdbench.decoding.interfaces import TargetOutput, TokenTree
 from vsdbench.decoding.tree import ancestor_mask
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
+from vsdbench.models.encoding import ImageEncoder, Message, make_encoder
 from vsdbench.models.fused import FusedLayers, agree, can_fuse
+from vsdbench.models.image_prefill import read_images
+from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import PreallocatedCache
+from vsdbench.models.loading import choose_attention, eos_ids, layer_stack, load_model
 from vsdbench.models.packed import can_pack, pack, unpack
-
-
-class SequenceState:
-    """A sequence being decoded by a ``Target`` (see ``interfaces.TargetState``)."""
-
-    def __init__(self, tokens: list[int], cache: PreallocatedCache, features: Tensor, next_logits: Tensor) -> None:
-        self.tokens = tokens
-        self.cache = cache
-        self.features = features
-        self.next_logits = next_logits
-        self.embeddings: Tensor | None = None
-        self.image_mask: Tensor | None = None
-
-    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
-        """Keep the root and the accepted nodes of the last forward; append their tokens and the one that follows."""
-        self.cache.commit([0, *(node + 1 for node in path)])
-        self.tokens += tokens
+from vsdbench.models.state import SequenceState
 
 
 class Target:
@@ -55,6 +41,7 @@ class Target:
         name: As the user wrote it.
         model: The transformers model, in evaluation mode.
         tokenizer: Its tokenizer.
+        encoder: Makes its prompts.
         fingerprint: Hash of weights and config.
         hidden_size: H.
         vocab_size: V, the width of the logits.
@@ -73,15 +60,17 @@ class Target:
         fingerprint: str,
         attention_name: str = "auto",
         packed: bool = True,
+        processor: Any = None,  # noqa: ANN401 - as above
     ) -> None:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
+        self.encoder = make_encoder(tokenizer, processor, name=name, config=model.config)
         self.name = name
         self.fingerprint = fingerprint
         self.config = model.config.get_text_config()
         self.attention = choose_attention(self.config) if attention_name == "auto" else attention_name
         model.set_attn_implementation(self.attention)
-        self._groups = attention.groups(model) if self.attention == attention.NAME else 1
+        self._groups = attention.groups(model.get_decoder()) if self.attention == attention.NAME else 1
         self._packing = pack(model) if packed and can_pack(model.device, model.dtype) else None
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -89,9 +78,9 @@ class Target:
         self.vocab_size: int = self.config.vocab_size
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         self.embed_tokens: nn.Embedding = model.get_input_embeddings()
-        self._stack, self._layers_name = _layer_stack(model, self.config.num_hidden_layers, name)
+        self._stack, self._layers_name = layer_stack(model, self.config.num_hidden_layers, name)
         self.num_layers = len(self._layers())
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = eos_ids(model, tokenizer)
         self.window: int | None = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or [])
         if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
@@ -127,16 +116,16 @@ class Target:
         Raises:
             ConfigError: The folder is not a decoder-only model that transformers knows.
         """
-        logging.disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-            ).to(device)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
-        return cls(model, tokenizer, name=name, fingerprint=fingerprint, attention_name=attention_name, packed=packed)
+        model, tokenizer, processor = load_model(path, name, device, dtype, trust_remote_code=trust_remote_code)
+        return cls(
+            model,
+            tokenizer,
+            name=name,
+            fingerprint=fingerprint,
+            attention_name=attention_name,
+            packed=packed,
+            processor=processor,
+        )
 
     def keep_layers(self, count: int) -> None:
         """Cut the model after its first ``count`` layers (early exit), for use as a draft model.
@@ -164,19 +153,29 @@ class Target:
         layers: nn.ModuleList = getattr(self._stack, self._layers_name)
         return layers
 
-    # ---- text ----
+    # ---- prompts ----
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the prompt's token ids: the model's chat template, or plain text where it has none."""
-        if getattr(self.tokenizer, "chat_template", None):
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            return [int(token) for token in encoded["input_ids"]]
-        return list(self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+    def encode_chat(self, messages: Sequence[Message]) -> Sequence[int]:
+        """Return the prompt of a conversation: token ids, or an ``ImagePrompt`` where messages have ``images``.
+
+        Raises:
+            ConfigError: There are images and the model cannot read them.
+        """
+        return self.encoder.chat(messages)
+
+    def encode_text(self, text: str, images: Sequence[Any] = ()) -> Sequence[int]:
+        """Return the prompt of a text outside of any template, images (PIL) before it; raises as ``encode_chat``."""
+        return self.encoder.text(text, images)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether prompts may have images."""
+        return isinstance(self.encoder, ImageEncoder)
 
     @property
     def template_hash(self) -> str:
         """16 hex digits of the chat template's sha256."""
-        return hashlib.sha256((getattr(self.tokenizer, "chat_template", None) or "").encode()).hexdigest()[:16]
+        return self.encoder.template_hash
 
     # ---- the two calls ----
 
@@ -189,7 +188,7 @@ class Target:
             max_length: Rows that the cache must hold in all, scratch rows of a tree included.
 
         Raises:
-            ConfigError: The prompt is empty or does not fit.
+            ConfigError: The prompt is empty or does not fit, or its images are read in a way that rules out decoding.
         """
         if not tokens:
             raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
@@ -197,14 +196,35 @@ class Target:
             self._cache = PreallocatedCache(self.num_layers, max_length)
         cache = self._cache
         cache.reset()
-        count = len(tokens)
-        positions = torch.arange(count, device=self.device)
-        causal = positions[:, None] >= positions[None, :]
+        state = SequenceState(tokens, cache)
+        if not isinstance(tokens, ImagePrompt):
+            state.features, logits = self._read(state, 0, tokens)
+        else:
+            read = read_images(self, tokens, cache)
+            cache.length = tokens.num_read
+            state.position_offset = read.position_offset
+            state.image_mask = tokens.image_mask.to(self.device)
+            state.features, state.embeddings, logits = self._features(), read.embeddings, read.logits
+            if behind := tokens.tokens[tokens.num_read :]:
+                more, logits = self._read(state, tokens.num_read, behind)
+                embedded = self.embed_tokens(torch.tensor(behind, device=self.device))
+                state.features = torch.cat([state.features, more])
+                state.embeddings = torch.cat([state.embeddings, embedded])
+        state.next_logits = logits[-1].float()
+        return state
+
+    def _read(self, state: SequenceState, start: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Append n tokens of the prompt to the cache; return their ``[n, 4H]`` features and ``[1, V]`` logits."""
+        stop = start + len(tokens)
+        keys = torch.arange(stop, device=self.device)
+        positions = keys[start:]
+        causal = positions[:, None] >= keys[None, :]
         ids = torch.tensor(tokens, device=self.device)
-        logits = self.forward(ids, positions, causal, positions, cache, logits_to_keep=1)
-        features = self._features()
-        cache.length = count
-        return SequenceState(list(tokens), cache, features, logits[-1].float())
+        logits = self.forward(
+            ids, positions, causal, keys, state.cache, logits_to_keep=1, position_offset=state.position_offset
+        )
+        state.cache.length = stop
+        return self._features(), logits
 
     @torch.inference_mode()
     def forward_tree(self, state: SequenceState, tree: TokenTree) -> TargetOutput:
@@ -226,7 +246,9 @@ class Target:
             visible = torch.cat([among.new_ones(len(tree) + 1, committed), among], dim=1)
         positions = depths + committed
         key_positions = torch.cat([torch.arange(committed, device=self.device), positions])
-        logits = self.forward(ids, positions, visible, key_positions, state.cache)
+        logits = self.forward(
+            ids, positions, visible, key_positions, state.cache, position_offset=state.position_offset
+        )
         return TargetOutput(logits, self._features())
 
     @torch.inference_mode()
@@ -254,6 +276,7 @@ class Target:
         cache: PreallocatedCache,
         *,
         logits_to_keep: int = 0,
+        position_offset: int = 0,
     ) -> Tensor:
         """Return ``[n, V]`` logits of n tokens (of the last ``logits_to_keep`` ones if that is not 0).
 
@@ -261,13 +284,16 @@ class Target:
 
         Args:
             ids: ``[n]`` token ids.
-            positions: ``[n]`` positions.
+            positions: ``[n]`` positions, counted in tokens.
             visible: ``[n, K]`` bool: which cached or new tokens each token attends to.
             key_positions: ``[K]`` positions of those, for sliding windows.
             cache: Where keys and values go.
             logits_to_keep: Rows of logits wanted; 0 means all.
+            position_offset: Added to what the model's position embedding is told.
         """
         masks = self._masks(positions, visible, key_positions)
+        if position_offset:
+            positions = positions + position_offset
         if self.fused_layers is not None:
             embedded = self.embed_tokens(ids)
             kept: dict[int, Tensor] = dict.fromkeys(self.feature_layers, embedded)
@@ -372,31 +398,3 @@ class Target:
             self.model.set_attn_implementation(self.attention)
             if self._packing is not None:
                 self._packing.on = True
-
-
-def _layer_stack(model: Any, count: int, name: str) -> tuple[nn.Module, str]:  # noqa: ANN401 - a transformers model
-    """Return the module that holds the model's decoder layers, and the attribute it holds them in.
-
-    Raises:
-        ConfigError: The model has no such list.
-    """
-    for attribute, child in model.get_decoder().named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return model.get_decoder(), attribute
-    raise ConfigError(f"'{name}' ({type(model).__name__}) keeps its {count} layers in no list: it cannot be a target.")
-
-
-def choose_attention(config: Any) -> str:  # noqa: ANN401 - a transformers config
-    """Return ours, or the model's own eager attention where scores are soft-capped or have sinks."""
-    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
-        return "eager"
-    return attention.register()
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:  # noqa: ANN401 - as above
-    found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
-        if value is not None:
-            found.update(value if isinstance(value, list | tuple) else [value])
-    return frozenset(found)

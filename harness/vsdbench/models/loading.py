@@ -1,0 +1,73 @@
+"""A model folder's weights, tokenizer and processor, by the classes of transformers that its config asks for.
+
+And where in a model the engine finds what it needs: its layers, its attention, the tokens that end an answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
+
+from vsdbench.errors import ConfigError
+from vsdbench.models import attention
+from vsdbench.models.encoding import load_processor, reads_images
+
+
+def load_model(
+    path: Path, name: str, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool
+) -> tuple[Any, Any, Any]:
+    """Return the model on its device, its tokenizer and, if it reads images, its processor.
+
+    Raises:
+        ConfigError: The folder is not a decoder-only model that transformers knows.
+        EnvironmentProblemError: Its processor needs a package that is not installed.
+    """
+    logging.disable_progress_bar()
+    local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(path, **local)
+        sees = reads_images(config)
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(path, dtype=dtype, **local).to(device)
+        tokenizer = None if sees else AutoTokenizer.from_pretrained(path, **local)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
+    if not sees:
+        return model, tokenizer, None
+    processor = load_processor(path, config, name=name, trust_remote_code=trust_remote_code)
+    return model, processor.tokenizer, processor
+
+
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:  # noqa: ANN401 - of transformers
+    """Return the tokens that end an answer, as the generation config and the tokenizer name them."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if value is not None:
+            found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(found)
+
+
+def layer_stack(model: Any, count: int, name: str) -> tuple[nn.Module, str]:  # noqa: ANN401 - a transformers model
+    """Return the module that holds the model's decoder layers, and the attribute it holds them in.
+
+    Raises:
+        ConfigError: The model has no such list.
+    """
+    for attribute, child in model.get_decoder().named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return model.get_decoder(), attribute
+    raise ConfigError(f"'{name}' ({type(model).__name__}) keeps its {count} layers in no list: it cannot be a target.")
+
+
+def choose_attention(config: Any) -> str:  # noqa: ANN401 - a transformers config
+    """Return ours, or the model's own eager attention where scores are soft-capped or have sinks."""
+    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
+        return "eager"
+    return attention.register()
