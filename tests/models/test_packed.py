@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.models.packed import PackedLinear, can_pack, pack, product, unpack
+from vsdbench.models.packed import PackedLinear, Product, can_pack, pack, unpack
 from vsdbench.models.target import Target
 
 CPU = torch.device("cpu")
@@ -238,11 +238,11 @@ def test_a_product_is_the_linear_map_of_its_weight_packed_or_not(dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 16, generator=generator).to(dtype)
     rows = torch.randn(5, 16, generator=generator).to(dtype)
-    result = product(weight)(rows)
+    result = Product(weight)(rows)
     assert result.shape == (5, 24)
     assert result.dtype == dtype
     torch.testing.assert_close(result, torch.nn.functional.linear(rows, weight), atol=0.05, rtol=0.02)
-    assert not torch.allclose(product(2 * weight)(rows), result)
+    assert not torch.allclose(Product(2 * weight)(rows), result)
 
 
 @needs_packing

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vsdbench.decoding.tree import empty_tree, grow
 from vsdbench.errors import ConfigError
-from vsdbench.models.packed import product
+from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.checkpoints import (
     checkpoint_folder,
     draft_vocabulary_of,
@@ -229,12 +229,12 @@ class MedusaDrafter:
         self._width = model.hidden_size
         self._blocks = [
             [
-                (product(linear.weight.detach().to(dtype).contiguous()), linear.bias.detach().to(dtype))
+                (Product(linear.weight.detach().to(dtype).contiguous()), linear.bias.detach().to(dtype))
                 for linear in model.linears(step)
             ]
             for step in range(self.num_heads)
         ]
-        self._heads = [product(model.head(step).detach().to(dtype).contiguous()) for step in range(self.num_heads)]
+        self._heads = [Product(model.head(step).detach().to(dtype).contiguous()) for step in range(self.num_heads)]
         self._feature = torch.empty(0)
 
     def begin(self, state: TargetState, max_length: int) -> None:  # noqa: ARG002 - there is no cache

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.decoding.tree import empty_tree, grow
-from vsdbench.models.packed import product
+from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
 if TYPE_CHECKING:
@@ -62,15 +62,16 @@ class CachedLayer:
         self.dtype = dtype
         self.device = model.fc.weight.device
         self.embeddings = model.embeddings.to(dtype)
-        self.fc = product(self.cast(model.fc.weight))
+        self.fc = Product(self.cast(model.fc.weight))
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = product(self.cast(*(projection.weight for projection in projections)))
         biases = [projection.bias for projection in projections if projection.bias is not None]
-        self.qkv_bias = self.cast(*biases) if biases else None
-        self.out = product(self.cast(attention.o_proj.weight))
-        self.gate_up = product(self.cast(mlp.gate_proj.weight, mlp.up_proj.weight))
-        self.down = product(self.cast(mlp.down_proj.weight))
-        self.head = product(self.cast(model.head()))
+        weights = self.cast(*(projection.weight for projection in projections))
+        self.qkv = Product(weights, self.cast(*biases) if biases else None)
+        self.out = Product(self.cast(attention.o_proj.weight))
+        self.gate = Product(self.cast(mlp.gate_proj.weight))
+        self.up = Product(self.cast(mlp.up_proj.weight))
+        self.down = Product(self.cast(mlp.down_proj.weight))
+        self.head = Product(self.cast(model.head()))
         self.mlp_norm = self.cast(model.layer.post_attention_layernorm.weight)
         self.capacity = 0
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
@@ -138,25 +139,25 @@ class CachedLayer:
         config = self.config
         count, stop = len(x), row + len(x)
         groups, width = config.num_key_value_heads, config.head_dim
-        projected = self.qkv(x) if self.qkv_bias is None else self.qkv(x) + self.qkv_bias
-        mixed = projected.view(count, -1, width)
-        rotated = config.num_attention_heads + groups
-        turned = apply_rotary(mixed[:, :rotated], self.cos[positions][:, None], self.sin[positions][:, None])
-        self.keys[:, row:stop] = turned[:, config.num_attention_heads :].transpose(0, 1)
-        self.values[:, row:stop] = mixed[:, rotated:].transpose(0, 1)
-        queries = (
-            turned[:, : config.num_attention_heads].reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
-        )
-        scores = (queries @ self.keys[:, :stop].transpose(1, 2)).float().mul_(width**-0.5)
+        heads = config.num_attention_heads
+        mixed = self.qkv(x).view(count, -1, width)
+        turned = apply_rotary(mixed[:, : heads + groups], self.cos[positions][:, None], self.sin[positions][:, None])
+        self.keys[:, row:stop] = turned[:, heads:].transpose(0, 1)
+        self.values[:, row:stop] = mixed[:, heads + groups :].transpose(0, 1)
+        # Query heads of a group stand along the query axis, so that keys and values are not repeated.
+        queries = turned[:, :heads].reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
+        mask = None
         if hide is not None:
-            scores.view(groups, -1, count, stop)[..., stop - hide.shape[1] :].masked_fill_(hide, -torch.inf)
-        weights = torch.softmax(scores, dim=-1).to(self.dtype)
-        attended = (
-            (weights @ self.values[:, :stop]).view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+            mask = torch.zeros(count, stop, dtype=self.dtype, device=self.device)
+            mask[:, stop - hide.shape[1] :].masked_fill_(hide, -torch.inf)
+            mask = mask.repeat(heads // groups, 1)
+        attended = F.scaled_dot_product_attention(
+            queries[None], self.keys[None, :, :stop], self.values[None, :, :stop], attn_mask=mask
         )
-        hidden = residual + self.out(attended)
-        gate, up = self.gate_up(self.norm(hidden, self.mlp_norm)).chunk(2, dim=-1)
-        return hidden + self.down(F.silu(gate) * up)
+        attended = attended.view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+        hidden = self.out.plus(attended, residual)
+        normed = self.norm(hidden, self.mlp_norm)
+        return self.down.plus(self.up.times(normed, self.gate.silu(normed)), hidden)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return ``x`` normed."""

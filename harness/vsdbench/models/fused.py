@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsdbench.models import attention
-from vsdbench.models.packed import PackedLinear, lay_out
+from vsdbench.models.packed import PackedLinear, Product
 
 if TYPE_CHECKING:
     from vsdbench.models.kv_cache import PreallocatedCache
@@ -35,23 +35,23 @@ LARGEST_BYTES = 8 << 30
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Packed weights and the rest of one layer.
+    """Products and norms of one layer.
 
     Attributes:
         norm: ``[H]``. ``mlp_norm``: likewise.
-        qkv: Joined weights of queries, keys and values, packed, and their joined ``bias``.
+        qkv: Queries, keys and values, joined.
         head_norms: ``[D]`` weights of the norms of queries and of keys, where there are such.
-        out, gate, up, down: Packed weights and biases.
+        out, gate, up, down: The other four.
     """
 
     norm: Tensor
     mlp_norm: Tensor
-    qkv: tuple[Tensor, Tensor | None]
+    qkv: Product
     head_norms: tuple[Tensor, Tensor] | None
-    out: tuple[Tensor, Tensor | None]
-    gate: tuple[Tensor, Tensor | None]
-    up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
+    out: Product
+    gate: Product
+    up: Product
+    down: Product
 
 
 class FusedLayers:
@@ -101,7 +101,7 @@ class FusedLayers:
                 kept[index] = x[None]
             mask = masks if isinstance(masks, Tensor) else masks[self._types[index]]  # type: ignore[index]
             normed = F.rms_norm(x, layer.norm.shape, layer.norm, self._eps)
-            mixed = _product(normed, layer.qkv).view(count, -1, width)
+            mixed = layer.qkv(normed).view(count, -1, width)
             turned = mixed[:, : self._heads + self._groups]
             if layer.head_norms is not None:
                 turned = self._norm_heads(turned, layer.head_norms)
@@ -112,10 +112,9 @@ class FusedLayers:
                 mixed[:, self._heads + self._groups :].transpose(0, 1)[None],
             )
             attended = self._attend(turned[:, : self._heads], keys, values, mask)
-            x = _product_and(attended, layer.out, "add", x)
+            x = layer.out.plus(attended, x)
             normed = F.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self._eps)
-            gated = _product_and(normed, layer.up, "mul", _product(normed, layer.gate, "swish"))
-            x = _product_and(gated, layer.down, "add", x)
+            x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
         return F.rms_norm(x, self._last_norm.shape, self._last_norm, self._eps)
 
     def _norm_heads(self, turned: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
@@ -172,7 +171,7 @@ def _read(layer: Any) -> _Layer:  # noqa: ANN401 - of transformers
     return _Layer(
         norm=layer.input_layernorm.weight,
         mlp_norm=layer.post_attention_layernorm.weight,
-        qkv=(lay_out(joined), torch.cat(biases) if biases else None),
+        qkv=Product(joined, torch.cat(biases) if biases else None),
         head_norms=None if norms[0] is None or norms[1] is None else (norms[0].weight, norms[1].weight),
         out=_packed(attn.o_proj),
         gate=_packed(mlp.gate_proj),
@@ -181,17 +180,6 @@ def _read(layer: Any) -> _Layer:  # noqa: ANN401 - of transformers
     )
 
 
-def _packed(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _packed(linear: nn.Module) -> Product:
     assert isinstance(linear, PackedLinear)
-    return linear.packed, linear.bias
-
-
-def _product(rows: Tensor, weight: tuple[Tensor, Tensor | None], activation: str = "none") -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, *weight, activation, [], "")  # noqa: SLF001
-    return result
-
-
-def _product_and(rows: Tensor, weight: tuple[Tensor, Tensor | None], operation: str, other: Tensor) -> Tensor:
-    """Return the product plus, or times, ``other``, rounded once."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, *weight, operation)  # noqa: SLF001
-    return result
+    return Product(linear.weight, linear.bias, packed=linear.packed)

@@ -7,11 +7,9 @@ stays beside it: embeddings are tied to it, and the transformers baseline runs o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _ROWS_HINT = 16
@@ -76,25 +74,60 @@ def unpack(model: nn.Module) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function that maps ``[n, in]`` to ``[n, out]``: packed where that is possible, plain elsewhere.
+class Product:
+    """The product of rows ``[n, in]`` with one weight, and what follows it, packed where possible and plain elsewhere.
 
     Args:
         weight: ``[out, in]``; it is copied where it is packed, so later changes to it are not seen.
+        bias: ``[out]``, added to every row.
+        packed: The packed copy, if there is one.
     """
-    if not can_pack(weight.device, weight.dtype):
-        return lambda rows: linear(rows, weight)
-    packed = lay_out(weight)
-    return lambda rows: _multiply(rows, packed, None)
+
+    __slots__ = ("_bias", "_packed", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+        if packed is None and can_pack(weight.device, weight.dtype):
+            packed = lay_out(weight)
+        self._packed = packed
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return ``[n, out]``."""
+        if self._packed is None:
+            return linear(rows, self._weight, self._bias)
+        return _multiply(rows, self._packed, self._bias)
+
+    def silu(self, rows: Tensor) -> Tensor:
+        """Return ``[n, out]`` through the activation SiLU, rounded once."""
+        if self._packed is None:
+            return silu(self(rows))
+        return _multiply(rows, self._packed, self._bias, "swish")
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """Return the product plus ``other`` ``[n, out]``, rounded once."""
+        if self._packed is None:
+            return other + self(rows)
+        return _multiply_and(rows, self._packed, self._bias, "add", other)
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """Return the product times ``other`` ``[n, out]``, element by element, rounded once."""
+        if self._packed is None:
+            return other * self(rows)
+        return _multiply_and(rows, self._packed, self._bias, "mul", other)
 
 
-# The two operations below are what torch.compile itself puts in the place of a frozen linear layer on a CPU.
+# The operations below are what torch.compile itself puts in the place of a frozen linear layer on a CPU.
 def lay_out(weight: Tensor) -> Tensor:
     """Return a packed copy of a weight ``[out, in]``."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)  # noqa: SLF001
     return packed
 
 
-def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
+def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, activation, [], "")  # noqa: SLF001
+    return result
+
+
+def _multiply_and(rows: Tensor, packed: Tensor, bias: Tensor | None, operation: str, other: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, packed, bias, operation)  # noqa: SLF001
     return result
