@@ -15,7 +15,7 @@ import vsdbench
 from vsdbench.cli import app, verb
 from vsdbench.errors import EnvironmentProblemError
 
-VERBS = ("run", "train", "ablate", "compare", "report", "list", "show", "cp", "validate", "schema", "doctor")
+VERBS = ("run", "train", "ablate", "compare", "report", "list", "models", "show", "cp", "validate", "schema", "doctor")
 SUITE = """\
 name: tiny
 version: 1

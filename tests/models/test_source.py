@@ -47,8 +47,9 @@ def test_importing_the_module_imports_neither_torch_nor_transformers() -> None:
 
 def test_names_mean_wheels_folders_and_repositories(tmp_path: Path) -> None:
     folder = _model(tmp_path / "mine")
-    assert list_models() == [DEFAULT_MODEL]
+    assert list_models() == [DEFAULT_MODEL, "smolvision"]
     assert resolve(DEFAULT_MODEL).kind == "wheel"
+    assert resolve("smolvision").kind == "built"
     assert resolve(str(folder)) == source.ModelSource(name=str(folder), kind="local", path_or_repo=str(folder))
     assert resolve("owner/model") == source.ModelSource(name="owner/model", kind="hub", path_or_repo="owner/model")
     assert resolve("owner/model@v1").revision == "v1"

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from vsdbench.cli import ablate, compare, look, measure, report  # noqa: F401 - importing a module registers its verbs
+from vsdbench.cli import ablate, compare, look, measure, models, report  # noqa: F401 - importing a module registers its verbs
 from vsdbench.cli.common import app, verb
 
 __all__ = ["app", "main", "verb"]
 
-_ORDER = ("run", "train", "ablate", "compare", "report", "list", "show", "cp", "validate", "schema", "doctor")
+_ORDER = ("run", "train", "ablate", "compare", "report", "list", "models", "show", "cp", "validate", "schema", "doctor")
 app.registered_commands.sort(
     key=lambda command: _ORDER.index(command.name or getattr(command.callback, "__name__", ""))
 )

