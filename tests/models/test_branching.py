@@ -6,7 +6,9 @@ import pytest
 import torch
 from tests.decoding.tiny import FAMILIES, make_prompt, make_target
 
+from vsdbench.models import branching
 from vsdbench.models.branching import Branches, branch_states, can_branch
+from vsdbench.models.packed import can_pack
 
 PREFIX = 17
 # Paths below roots 3, 9 and 16 of the sequence; tokens by index: 0-1-2, 0-3 and 4 leave from 3, 5-6 from 9, 7 from 16.
@@ -83,3 +85,36 @@ def test_a_branch_does_not_see_its_neighbours():
     changed[5] = (changed[5] + 1) % 48  # of the branch 5-6
     moved = (branch_states(target, prefix, Branches(changed, ROOTS, LINEAGE)) != before).any(-1)
     assert moved.tolist() == [False] * 5 + [True, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_blocks_of_any_size_say_the_same(size, monkeypatch):
+    target, (prefix, branches) = make_target(), make_branches()
+    expected, known = branch_states(target, prefix, branches), known_keys(target, prefix)
+    monkeypatch.setattr(branching, "_BLOCK", size)
+    torch.testing.assert_close(branch_states(target, prefix, branches), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(branch_states(target, prefix, branches, known), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_branches_stand_in_any_order():
+    """Ancestors before descendants is all that is asked for; what leaves from one place need not stand together."""
+    target, (prefix, branches) = make_target(), make_branches()
+    order = torch.tensor([7, 5, 0, 4, 1, 6, 3, 2])
+    places = torch.cat([order.argsort(), torch.tensor([-1])])  # the last entry is for -1
+    moved = Branches(branches.tokens[order], ROOTS[order], places[LINEAGE[order]])
+    states = branch_states(target, prefix, branches)
+    torch.testing.assert_close(branch_states(target, prefix, moved), states[order], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="no packed products here")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fused_layers_say_the_same(family):
+    target, (prefix, branches) = make_target(family, dtype=torch.float32), make_branches()
+    known = known_keys(target, prefix)
+    assert target.layers_are == "fused"
+    fused = [branch_states(target, prefix, branches), branch_states(target, prefix, branches, known)]
+    target.fused_layers = None
+    own = branch_states(target, prefix, branches)
+    assert not torch.equal(fused[0], own)
+    for states in fused:
+        torch.testing.assert_close(states, own, rtol=1e-3, atol=1e-4)

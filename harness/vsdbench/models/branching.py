@@ -111,9 +111,24 @@ def branch_states(target: Target, prefix: Tensor, branches: Branches, known: Ten
     if known is None:
         ids, positions = torch.cat([prefix, ids]), torch.cat([every, positions])
     plan = _plan(branches, order, length, known, target.dtype)
-    target.model.set_attn_implementation(NAME)
-    try:
-        with torch.autocast(ids.device.type, enabled=False):
+    states = torch.empty(count, target.hidden_size, dtype=target.dtype, device=ids.device)
+    states[order] = _run(target, ids, positions, plan)[-count:]
+    return states
+
+
+def _run(target: Target, ids: Tensor, positions: Tensor, plan: _Plan) -> Tensor:
+    """Return ``[T, H]``, the last normed hidden states of the tokens, by the fused layers where the target has them."""
+    with torch.autocast(ids.device.type, enabled=False):
+        fused = target.fused_layers
+        if fused is not None:
+
+            def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+                heads_first = (part.transpose(0, 1) for part in (queries, keys, values))
+                return _mix(plan, layer, fused.scaling, *heads_first).flatten(1)
+
+            return fused.run(target.embed_tokens(ids), positions, attend, {})
+        target.model.set_attn_implementation(NAME)
+        try:
             output = target.model.get_decoder()(
                 input_ids=ids[None],
                 attention_mask=torch.zeros(1, 1, 1, 1),  # four axes: taken as it is; the layers go by the plan
@@ -121,10 +136,9 @@ def branch_states(target: Target, prefix: Tensor, branches: Branches, known: Ten
                 use_cache=False,
                 branches=plan,
             )
-    finally:
-        target.model.set_attn_implementation(target.attention)
-    states = torch.empty_like(output.last_hidden_state[0, -count:])
-    states[order] = output.last_hidden_state[0, -count:]
+        finally:
+            target.model.set_attn_implementation(target.attention)
+    states: Tensor = output.last_hidden_state[0]
     return states
 
 
@@ -203,16 +217,19 @@ def _attend(  # noqa: PLR0917 - the order is transformers'
 ) -> tuple[Tensor, None]:
     """Return ``[1, T, heads, W]``; arguments as those of ``attention.grouped_attention``, and the plan."""
     del attention_mask, dropout
-    first = branches.num_queries
-    num_heads, num_tokens, width = query.shape[1:]
-    num_groups = key.shape[1]
-    own_keys, own_values = key[0, :, first:], value[0, :, first:]
-    keys, values = key[0], value[0]
-    if branches.known is not None:
-        keys, values = branches.known[module.layer_idx].to(query.dtype)  # type: ignore[index]
-    queries = (query[0] * (width**-0.5 if scaling is None else scaling)).view(num_groups, -1, num_tokens, width)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _mix(branches, int(module.layer_idx), scale, query[0], key[0], value[0])[None], None  # type: ignore[arg-type]
+
+
+def _mix(plan: _Plan, layer: int, scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917
+    """Return ``[T, heads, W]``, the attention of ``[heads, T, W]`` queries to ``[G, T, W]`` keys and known ones."""
+    num_heads, num_tokens, width = query.shape
+    num_groups, first = len(key), plan.num_queries
+    own_keys, own_values = key[:, first:], value[:, first:]
+    keys, values = (key, value) if plan.known is None else plan.known[layer].to(key.dtype)
+    queries = (query * scale).view(num_groups, -1, num_tokens, width)
     mixed = torch.empty(num_tokens, num_groups, num_heads // num_groups, width, dtype=query.dtype, device=query.device)
-    for block in branches.blocks:
+    for block in plan.blocks:
         asking = queries[:, :, block.rows]
         seen = torch.cat([keys[:, : block.length], own_keys[:, block.own]], dim=1)
         scores = asking.flatten(1, 2) @ seen.transpose(1, 2)
@@ -220,7 +237,7 @@ def _attend(  # noqa: PLR0917 - the order is transformers'
         weights = torch.softmax(scores, dim=-1)
         found = weights @ torch.cat([values[:, : block.length], own_values[:, block.own]], dim=1)
         mixed[block.rows] = found.view(asking.shape).permute(2, 0, 1, 3)
-    return mixed.view(1, num_tokens, num_heads, width), None
+    return mixed.view(num_tokens, num_heads, width)
 
 
 AttentionInterface.register(NAME, _attend)

@@ -13,9 +13,9 @@ heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Text models whose layers are: norm, rotary attention, sum, norm, gated SiLU network, sum."""
 LARGEST_BYTES = 8 << 30
 """Weights up to which a second packed copy of queries, keys and values is afforded."""
+
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``(layer, queries [n, A, D], keys [n, G, D], values [n, G, D]) -> [n, A * D]``: the n rows' attention in a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class FusedLayers:
         self._heads: int = config.num_attention_heads
         self._groups: int = config.num_key_value_heads
         self._width: int = layers[0].self_attn.head_dim
-        self._scaling: float = layers[0].self_attn.scaling
+        self.scaling: float = layers[0].self_attn.scaling
         self._types: Sequence[str | None] = getattr(config, "layer_types", None) or [None] * len(layers)
         self._layers = [_read(layer) for layer in layers]
 
@@ -91,6 +94,16 @@ class FusedLayers:
             cache: Where keys and values go.
             kept: Its keys are layers; the states ``[1, n, H]`` that enter them are put there.
         """
+
+        def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            mask = masks if isinstance(masks, Tensor) else masks[self._types[index]]  # type: ignore[index]
+            all_keys, all_values = cache.layers[index].update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
+            return self._attend(queries, all_keys, all_values, mask)
+
+        return self.run(embedded, positions, attend, kept)
+
+    def run(self, embedded: Tensor, positions: Tensor, attend: Attend, kept: dict[int, Tensor]) -> Tensor:
+        """Return the ``[n, H]`` last normed states, with any attention; see ``__call__``."""
         count, width = len(embedded), self._width
         cos, sin = self._rotary(embedded, positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
@@ -99,7 +112,6 @@ class FusedLayers:
         for index, layer in enumerate(self._layers):
             if index in kept:
                 kept[index] = x[None]
-            mask = masks if isinstance(masks, Tensor) else masks[self._types[index]]  # type: ignore[index]
             normed = F.rms_norm(x, layer.norm.shape, layer.norm, self._eps)
             mixed = layer.qkv(normed).view(count, -1, width)
             turned = mixed[:, : self._heads + self._groups]
@@ -107,11 +119,8 @@ class FusedLayers:
                 turned = self._norm_heads(turned, layer.head_norms)
             swapped = turned.view(count, -1, 2, width // 2).flip(2).view(count, -1, width)
             turned = torch.addcmul(turned * cos, swapped, sin)
-            keys, values = cache.layers[index].update(
-                turned[:, self._heads :].transpose(0, 1)[None],
-                mixed[:, self._heads + self._groups :].transpose(0, 1)[None],
-            )
-            attended = self._attend(turned[:, : self._heads], keys, values, mask)
+            values = mixed[:, self._heads + self._groups :]
+            attended = attend(index, turned[:, : self._heads], turned[:, self._heads :], values)
             x = layer.out.plus(attended, x)
             normed = F.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self._eps)
             x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
@@ -135,7 +144,7 @@ class FusedLayers:
         """
         count, groups = len(queries), self._groups
         stacked = queries.view(count, groups, -1, self._width).permute(1, 2, 0, 3).reshape(1, groups, -1, self._width)
-        attended = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self._scaling)
+        attended = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self.scaling)
         return attended.view(groups, -1, count, self._width).permute(2, 0, 1, 3).reshape(count, -1)
 
 
