@@ -225,7 +225,7 @@ def test_estimates_know_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
     kept, again = estimate(recipe()), estimate(recipe(keys=False))
     assert kept["bytes"] == 6 * again["bytes"]  # 11,520 numbers a token beside 2,304
-    assert again["training_s"] > 1.2 * kept["training_s"]
+    assert again["training_s"] > 1.1 * kept["training_s"]
     assert estimate(recipe(keys_gb=0.1))["bytes"] == again["bytes"]
     online = estimate(recipe(features="online"))
     assert online["bytes"] == 0

@@ -54,8 +54,8 @@ _DECODED_TOKENS_PER_S = 80.0  # held-out prompts, during training
 # A step of the loss beside one of EAGLE-3, in processor time: EAGLE-1 0.84 to 0.98; a Medusa head, which has no layer,
 # 0.37 with a draft vocabulary of 4,096 and 0.59 with 8,192.
 _STEP_COST = {"eagle3": 1.0, "eagle": 1.0, "medusa": 0.5, "msd": 1.0, "vispec": 1.0}
-_ASKING = 3.0  # how much longer a step takes that asks the target about drafted tokens
-_ASKING_KEPT = 2.2  # the same where the keys and values of the data are kept
+_ASKING = 2.5  # how much longer a step takes that asks the target about drafted tokens
+_ASKING_KEPT = 2.1  # the same where the keys and values of the data are kept
 _FEATURE_NUMBERS, _KEY_NUMBERS = 4 * 576, 30 * 2 * 3 * 64  # a token, of the embedded target
 _TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
 
