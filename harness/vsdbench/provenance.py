@@ -19,7 +19,7 @@ import psutil
 
 import vsdbench
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "datasets")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 _GPU_FIELDS = {
     "name": "name",

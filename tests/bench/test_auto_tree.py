@@ -127,7 +127,9 @@ def suite_of(tree, spare=()):
     entry = DrafterEntry(name="a", type="known", tree=tree)
     modes = [Mode(name="greedy", temperature=0, rule="greedy")]
     generation = Generation(max_new_tokens=8, chat=False)
-    config = SimpleNamespace(drafters=[entry], seed=0, generation=generation, modes=modes, baselines=["autoregressive"])
+    config = SimpleNamespace(
+        drafters=[entry], seed=0, generation=generation, modes=modes, baselines=["autoregressive"], peers=[]
+    )
     return SimpleNamespace(config=config, spare=spare)
 
 
