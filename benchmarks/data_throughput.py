@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 from vsdbench.models.packed import Switch, can_pack, pack, unpack
+from vsdbench_drafters.training.answers import Request
 from vsdbench_drafters.training.data import shared_prefix
-from vsdbench_drafters.training.generate import Request, SlotGenerator
+from vsdbench_drafters.training.generate import SlotGenerator
 from vsdbench_drafters.training.prompts import PromptSource, load_articles, read_articles
 
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.training import slots as slots_module
-from vsdbench_drafters.training.generate import Request, SlotGenerator, ends_in_loop
+from vsdbench_drafters.training.answers import Request, ends_in_loop
+from vsdbench_drafters.training.generate import SlotGenerator
 from vsdbench_drafters.training.sampling import pick_tokens
 
 VOCABULARY = 97

@@ -18,30 +18,31 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vsdbench.config import Config, content_hash
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
-from vsdbench_drafters.training.grounded import GroundedSource
-from vsdbench_drafters.training.prompts import LICENCE, WIKI_LEADS, PromptSource, Split, load_articles
+from vsdbench_drafters.training.answers import Request, Response
+from vsdbench_drafters.training.prompts import LICENCE, WIKI_LEADS, Split, load_articles
 from vsdbench_drafters.training.shards import HELDOUT_OFFSET, Answer, DataFolder, TrainingData
+from vsdbench_drafters.training.sources import Prompts, prompt_sources, prompts_version, with_images
 
 if TYPE_CHECKING:
     import torch
 
-    from vsdbench_drafters.training.generate import Request, Response, SlotGenerator
+    from vsdbench.models.image_prompt import ImagePrompt
+    from vsdbench.models.target import Target
+    from vsdbench_drafters.training.generate import SlotGenerator
     from vsdbench_drafters.training.prompts import Article, Message
 
 _SHARD_SEQUENCES = 128
 _MAX_SKIPPED = 1000
-_SPLITS: tuple[Split, Split] = ("train", "heldout")
-_SOURCES: dict[str, type[PromptSource]] = {"wiki": PromptSource, "grounded": GroundedSource}
 
 
 class DataConfig(Config):
@@ -49,7 +50,8 @@ class DataConfig(Config):
 
     Attributes:
         source: Where prompts come from; ``wiki`` is our questions about encyclopedia articles, with generated
-            problems and code tasks, ``grounded`` tasks whose answers repeat an article's given opening.
+            problems and code tasks, ``grounded`` tasks whose answers repeat an article's given opening, ``scenes``
+            questions about rendered pictures, for a target that reads images.
         num_tokens: Response tokens wanted; the last answer may exceed it.
         max_new_tokens: Longest answer.
         max_prompt_tokens: Prompts that are longer once rendered are left out.
@@ -59,9 +61,10 @@ class DataConfig(Config):
         num_heldout: Answers to held-out prompts kept for validation, the same ones whatever ``start_index`` is.
         start_index: First prompt.
         loop_repeats: Answers end after so many exact repetitions of their tail (0: never).
+        text_share: Of ``scenes``: the share of the prompts that are ``wiki``'s, without an image.
     """
 
-    source: Literal["wiki", "grounded"] = "wiki"
+    source: Literal["wiki", "grounded", "scenes"] = "wiki"
     num_tokens: int = Field(default=400_000, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     max_prompt_tokens: int = Field(default=320, ge=1)
@@ -71,6 +74,27 @@ class DataConfig(Config):
     num_heldout: int = Field(default=64, ge=0)
     start_index: int = Field(default=0, ge=0)
     loop_repeats: int = Field(default=3, ge=0)
+    text_share: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _images_to_share_with(self) -> Self:
+        if self.text_share and self.source != "scenes":
+            raise ValueError(f"text_share is {self.text_share:g}, but source '{self.source}' has text alone")
+        return self
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether some prompts have images."""
+        return self.source == "scenes"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether some prompts have none."""
+        return not self.shows_images or self.text_share > 0
+
+    def content(self) -> dict[str, Any]:
+        """Return what determines the data: without what only changes the speed, or has no meaning for its source."""
+        return self.model_dump(mode="json", exclude={"slots"} if self.shows_images else {"slots", "text_share"})
 
 
 class Encoder(Protocol):
@@ -106,11 +130,11 @@ def data_key(config: DataConfig, target: DataTarget) -> str:
     """Return the hash of everything that determines the data; known before it is made."""
     return content_hash(
         {
-            "config": config.model_dump(exclude={"slots"}),
+            "config": config.content(),
             "target": target.fingerprint,
             "template": target.template_hash,
             "dtype": str(target.dtype),
-            "prompts": _SOURCES[config.source].version,
+            "prompts": prompts_version(config),
             "articles": WIKI_LEADS.sha256,
         }
     )
@@ -139,14 +163,14 @@ def ensure_data(
     """
     folder = DataFolder(cache_dir() / "data" / data_key(config, target))
     if (data := folder.open()) is not None:
-        return data
+        return with_images(data, config, target.encode_chat)
     if articles is None:
-        articles = load_articles(progress=console is not None)
-    if excluded is None:
+        articles = load_articles(progress=console is not None) if config.has_text else ()
+    if excluded is None and config.has_text:
         from vsdbench.suites.loaders import evaluation_prompt_hashes  # noqa: PLC0415 - loads every suite
 
         excluded = evaluation_prompt_hashes()
-    maker = _Maker(config, target, folder, articles, excluded)
+    maker = _Maker(config, target, folder, articles, excluded or frozenset())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -156,16 +180,17 @@ def ensure_data(
     with Progress(*columns, console=console or Console(quiet=True), disable=console is None) as progress:
         answers, next_index = maker.run(progress)
     meta = {
-        "licence": LICENCE,
-        "source": f"{WIKI_LEADS.requirement}: {WIKI_LEADS.file}",
+        "licence": LICENCE if config.has_text else "none: the prompts are rendered",
+        "source": f"{WIKI_LEADS.requirement}: {WIKI_LEADS.file}" if config.has_text else "vsdbench.pictures",
         "articles_sha256": WIKI_LEADS.sha256,
-        "prompts_version": _SOURCES[config.source].version,
+        "prompts_version": prompts_version(config),
         "target": target.fingerprint,
         "dtype": str(target.dtype),
         "config": config.model_dump(mode="json"),
-        "note": "Prompts quote Wikipedia leads (CC BY-SA 4.0); responses were written by the target.",
+        "note": ("Prompts quote Wikipedia leads (CC BY-SA 4.0); " if config.has_text else "")
+        + "responses were written by the target.",
     }
-    return folder.finish(answers, next_index=next_index, meta=meta)
+    return with_images(folder.finish(answers, next_index=next_index, meta=meta), config, target.encode_chat)
 
 
 class _Maker:
@@ -182,10 +207,8 @@ class _Maker:
         self._config = config
         self._target = target
         self._folder = folder
-        self._train, self._heldout = (
-            _SOURCES[config.source](articles, seed=config.seed, split=split, excluded=excluded) for split in _SPLITS
-        )
-        self._prefix = shared_prefix(target)
+        self._train, self._heldout = prompt_sources(config, articles, excluded)
+        self._prefix = [] if config.shows_images else shared_prefix(target)
         self._answers: dict[int, Answer] = {}
         self._seen: set[bytes] = set()
         self._num = {"train": _Tally(), "heldout": _Tally()}
@@ -224,7 +247,15 @@ class _Maker:
             seed=config.seed,
             shared_prefix=self._prefix,
             loop_repeats=config.loop_repeats,
+            look=self._look if config.shows_images else None,
         )
+
+    def _look(self, prompt: ImagePrompt) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
+        """Let the target read a prompt with images (``generate.Look``)."""
+        state = cast("Target", self._target).prefill(prompt, max(len(prompt), self._config.max_prompt_tokens))
+        kept = len(prompt) - 1
+        layers = [(layer.keys[:, :, :kept], layer.values[:, :, :kept]) for layer in state.cache.layers]
+        return layers, state.position_offset
 
     # ---- which prompts ----
 
@@ -245,16 +276,14 @@ class _Maker:
     def _keys(self, split: Split) -> Iterator[int]:
         return itertools.count(HELDOUT_OFFSET if split == "heldout" else self._config.start_index)
 
-    def _request(self, key: int, prompts: PromptSource) -> Iterator[Request]:
+    def _request(self, key: int, prompts: Prompts) -> Iterator[Request]:
         """Yield the prompt's request, or note that it does not fit; nothing if it has an answer."""
-        from vsdbench_drafters.training.generate import Request  # noqa: PLC0415 - imports torch
-
         if key in self._answers:
             return
         index, config = key % HELDOUT_OFFSET, self._config
-        ids = list(self._target.encode_chat(prompts[index].messages))
+        ids = self._target.encode_chat(prompts[index].messages)
         prefix = len(self._prefix)
-        if prefix < len(ids) <= config.max_prompt_tokens and ids[:prefix] == self._prefix:
+        if prefix < len(ids) <= config.max_prompt_tokens and list(ids)[:prefix] == self._prefix:
             self._in_flight += 1
             yield Request(key, ids, config.temperatures[index % len(config.temperatures)])
             return
@@ -273,10 +302,14 @@ class _Maker:
         if len(self._unsaved) >= _SHARD_SEQUENCES:
             self._flush()
 
+    def _digest(self, answer: Answer) -> bytes:
+        """Return what makes an answer one of its kind: of two equal ones to texts, one is kept; images differ."""
+        return str(answer.key).encode() if self._config.shows_images else answer.response_digest
+
     def _note(self, answer: Answer) -> None:
         self._answers[answer.key] = answer
-        if answer.num_response_tokens and answer.response_digest not in self._seen:
-            self._seen.add(answer.response_digest)
+        if answer.num_response_tokens and self._digest(answer) not in self._seen:
+            self._seen.add(self._digest(answer))
             tally = self._num["heldout" if answer.key >= HELDOUT_OFFSET else "train"]
             tally.answers += 1
             tally.tokens += answer.num_response_tokens
@@ -289,7 +322,7 @@ class _Maker:
     def _select(self) -> tuple[list[Answer], int] | None:
         """Return what to keep and the first index not used, or None while answers are missing.
 
-        In prompt order, held-out first, each response once.
+        In prompt order, held-out first, each response to a text once.
         """
         kept: list[Answer] = []
         seen: set[bytes] = set()
@@ -301,8 +334,8 @@ class _Maker:
                 answer = self._answers.get(key)
                 if answer is None:
                     return None
-                if answer.num_response_tokens and answer.response_digest not in seen:
-                    seen.add(answer.response_digest)
+                if answer.num_response_tokens and self._digest(answer) not in seen:
+                    seen.add(self._digest(answer))
                     kept.append(answer)
                     have += 1 if split == "heldout" else answer.num_response_tokens
         return kept, key
@@ -330,5 +363,5 @@ def shared_prefix(target: Encoder) -> list[int]:
 
 def _answer(response: Response) -> Answer:
     request = response.request
-    ids = np.concatenate([np.array(request.prompt_ids, dtype=np.int32), response.response_ids])
+    ids = np.concatenate([np.array(list(request.prompt_ids), dtype=np.int32), response.response_ids])
     return Answer(request.index, ids, len(request.prompt_ids), request.temperature, response.stop_reason)

@@ -1,7 +1,8 @@
 """The target's features in files, made once for all epochs and arms that read the same data.
 
 States are one file. Keys and values, where they are wanted, are another one, since they are five times as large for the
-embedded target. The same forwards fill both.
+embedded target. Data with images has a third one: what entered the target's first layer where an image stands. The same
+forwards fill all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from vsdbench.config import content_hash
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models.branching import key_shape
-from vsdbench_drafters.training.features import Features, run_target
+from vsdbench_drafters.objectives.base import ImageTokens
+from vsdbench_drafters.training.features import Features, run_target, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,16 +84,25 @@ class CachedFeatures:
         lengths: Tokens of every sequence, in file order.
         states: The file of the states.
         keys: The file of keys and values; None: they are not kept.
+        images: The file of images; None: there are none.
         dtype: Of the files.
         device: Where batches go.
     """
 
     def __init__(
-        self, lengths: Sequence[int], states: _File, keys: _File | None, dtype: torch.dtype, device: torch.device
+        self,
+        lengths: Sequence[int],
+        states: _File,
+        *,
+        keys: _File | None,
+        images: _File | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._offsets = [0, *accumulate(lengths)]
         self._states = states.mapped(self._offsets[-1], dtype)
         self._keys = None if keys is None else keys.mapped(self._offsets[-1], dtype)
+        self._images = None if images is None else images.mapped(self._offsets[-1], dtype)
         self._shape = () if keys is None else keys.shape
         self._device = device
 
@@ -99,10 +110,26 @@ class CachedFeatures:
         """Return features in the files' dtype; keys and values are views of their file."""
         spans = [slice(self._offsets[i], self._offsets[i + 1]) for i in indices]
         states = torch.cat([self._states[span] for span in spans]).to(self._device)
+        images = None if self._images is None else _unpacked(torch.cat([self._images[span] for span in spans]))
         if self._keys is None:
-            return Features(states)
+            return Features(states, images=images)
         *outer, width = self._shape
-        return Features(states, tuple(self._keys[span].view(*outer, -1, width) for span in spans))
+        return Features(states, tuple(self._keys[span].view(*outer, -1, width) for span in spans), images)
+
+
+def _beside_mask(one: Features) -> Tensor:
+    """Return ``[L, 1 + H]``: 1 and what enters the first layer where an image stands, zeros everywhere else."""
+    width = one.states.shape[-1] // 4
+    rows = one.states.new_zeros(len(one.states), 1 + width)
+    if one.images is not None:
+        rows[one.images.mask, 0] = 1
+        rows[one.images.mask, 1:] = one.images.embeddings
+    return rows
+
+
+def _unpacked(rows: Tensor) -> ImageTokens | None:
+    mask = rows[:, 0] > 0
+    return ImageTokens(mask, rows[mask, 1:]) if bool(mask.any()) else None
 
 
 def cached_features(
@@ -112,6 +139,7 @@ def cached_features(
     *,
     fingerprint: str,
     keys: bool = False,
+    images: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> CachedFeatures:
     """Return the features of a data set, from ``folder`` or made now.
@@ -122,6 +150,7 @@ def cached_features(
         folder: Where feature files are kept.
         fingerprint: Of the data; with the target's it names the files.
         keys: Keep keys and values too (``branching.can_branch`` says for which targets they are of use).
+        images: Some sequences have images.
         progress: Told how many tokens were done, batch by batch.
 
     Raises:
@@ -135,6 +164,9 @@ def cached_features(
         shape = key_shape(target)
         name = content_hash([*same, "keys", shape, target.attention])
         files.append(_File(folder / f"{name}.keys", shape, lambda one: one.keys[0]))
+    if images:
+        name, width = content_hash([*same, "images"]), 1 + target.hidden_size
+        files.append(_File(folder / f"{name}.images", (width,), _beside_mask))
     missing = [file for file in files if not file.is_whole(total, itemsize)]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +185,14 @@ def cached_features(
             raise
         for file in missing:
             file.partial.replace(file.path)
-    return CachedFeatures(lengths, files[0], files[1] if keys else None, target.dtype, target.device)
+    return CachedFeatures(
+        lengths,
+        files[0],
+        keys=files[1] if keys else None,
+        images=files[-1] if images else None,
+        dtype=target.dtype,
+        device=target.device,
+    )
 
 
 def _write(
@@ -172,7 +211,7 @@ def _write(
         for stream, item in zip(opened, items, strict=True):
             stream.truncate(starts[-1] * item)
         for batch in _by_length(lengths):
-            found = run_target(target, [sequences[i].ids for i in batch], keys=keys)
+            found = run_target(target, [shown(sequences[i]) for i in batch], keys=keys)
             for i, one in zip(batch, found, strict=True):
                 for file, stream, item in zip(files, opened, items, strict=True):
                     numbers = file.part(one)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
-from vsdbench.models.branching import Branches, branch_states
-from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView
+from vsdbench.models.branching import Branches, branch_states, branch_states_behind
+from vsdbench.models.image_prompt import ImagePrompt
+from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, ImageTokens, TargetView
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
@@ -45,10 +46,12 @@ class Features:
     Attributes:
         states: ``[N, 4H]``, the sequences packed.
         keys: ``[layers, 2, G, L, W]`` keys and values of each sequence (``branching.branch_states``); none: not kept.
+        images: Which tokens are pieces of images, and what enters the target's first layer there; None: none is.
     """
 
     states: Tensor
     keys: tuple[Tensor, ...] = ()
+    images: ImageTokens | None = None
 
 
 class FeatureSource(Protocol):
@@ -74,8 +77,29 @@ class OnlineFeatures:
 
     def read(self, indices: Sequence[int]) -> Features:
         """Return features in the target's dtype."""
-        found = run_target(self._target, [self._sequences[i].ids for i in indices], keys=self._keys)
-        return Features(torch.cat([one.states for one in found]), tuple(key for one in found for key in one.keys))
+        found = run_target(self._target, [shown(self._sequences[i]) for i in indices], keys=self._keys)
+        states = torch.cat([one.states for one in found])
+        return Features(states, tuple(key for one in found for key in one.keys), _packed_images(found))
+
+
+def shown(sequence: Sequenced, length: int | None = None) -> Any:  # noqa: ANN401 - ids, or an ImagePrompt
+    """Return a sequence as the target takes it, its images included; its first ``length`` tokens (prompt or more)."""
+    with_images = getattr(sequence, "shown", None)
+    return sequence.ids[:length] if with_images is None else with_images(length)
+
+
+def _packed_images(found: Sequence[Features]) -> ImageTokens | None:
+    """Return the images of several sequences as those of their packed batch."""
+    given = [one.images for one in found if one.images is not None]
+    if not given:
+        return None
+    masks = [
+        torch.zeros(len(one.states), dtype=torch.bool, device=one.states.device)
+        if one.images is None
+        else one.images.mask
+        for one in found
+    ]
+    return ImageTokens(torch.cat(masks), torch.cat([images.embeddings for images in given]))
 
 
 def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
@@ -83,9 +107,30 @@ def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
     return [one.states for one in run_target(target, sequences, keys=False)]
 
 
-@torch.inference_mode()
 def run_target(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[Features]:
-    """Return the features of each sequence of ids by one forward, with keys and values where they are wanted."""
+    """Return the features of each sequence, with keys and values where they are wanted.
+
+    Sequences of ids go through the target in one forward, each with images in one of its own.
+    """
+    texts = [sequence for sequence in sequences if not isinstance(sequence, ImagePrompt)]
+    found = iter(_run_texts(target, texts, keys=keys) if texts else ())
+    return [_look(target, one, keys=keys) if isinstance(one, ImagePrompt) else next(found) for one in sequences]
+
+
+@torch.inference_mode()
+def _look(target: Target, sequence: ImagePrompt, *, keys: bool) -> Features:
+    """Return the features of a sequence with images."""
+    count = len(sequence)
+    state = target.prefill(sequence, count)
+    assert state.image_mask is not None
+    assert state.embeddings is not None
+    layers = [torch.stack([layer.keys[0, :, :count], layer.values[0, :, :count]]) for layer in state.cache.layers]
+    images = ImageTokens(state.image_mask, state.embeddings[state.image_mask])
+    return Features(state.features, (torch.stack(layers),) if keys else (), images)
+
+
+@torch.inference_mode()
+def _run_texts(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[Features]:
     longest = max(len(ids) for ids in sequences)
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
     for row, ids in enumerate(sequences):
@@ -141,17 +186,22 @@ class BatchMaker:
         ids = [[int(token) for token in sequence.ids] for sequence in chosen]
         width = states.shape[-1] // 4
         prompt_lens = [sequence.prompt_len for sequence in chosen]
-        batch = DraftBatch.pack(ids, prompt_lens, states, seed=seed)
+        batch = DraftBatch.pack(ids, prompt_lens, states, seed=seed, images=found.images)
         rows = states[batch.slots + 1, 3 * width :]
         starts = [0, *accumulate(len(sequence) for sequence in ids)]
-        asked = None if self.target is None else _Asked(self, dict(zip(starts, found.keys, strict=False)))
+        asked = None
+        if self.target is not None:
+            asked = _Asked(self, dict(zip(starts, found.keys, strict=False)), dict(zip(starts, chosen, strict=False)))
         return batch, TargetView(rows, self._draft_head, self._table, self.head, asked)
 
-    def ask(self, prefix: Tensor, branches: Branches, keys: Tensor | None = None) -> Tensor:
-        """Ask the target about drafted tokens; see ``branching.branch_states``."""
+    def ask(self, sequence: Sequenced, prefix: Tensor, branches: Branches, keys: Tensor | None = None) -> Tensor:
+        """Ask the target about tokens drafted in a sequence; see ``branching.branch_states``."""
         if self.target is None:
             raise ConfigError("this objective asks the target about drafted tokens, and has none to ask.")
         self.num_forwards += 1
+        seen = shown(sequence, len(prefix)) if keys is None else None
+        if isinstance(seen, ImagePrompt):
+            return branch_states_behind(self.target, seen, branches)
         return branch_states(self.target, prefix, branches, keys)
 
 
@@ -162,14 +212,16 @@ class _Asked:
     Attributes:
         maker: The maker.
         keys: Keys and values of the batch's sequences by their first token, as far as they are kept.
+        sequences: The sequences, likewise.
     """
 
     maker: BatchMaker
     keys: dict[int, Tensor]
+    sequences: dict[int, Sequenced]
 
     def branch_states(self, first: int, prefix: Tensor, branches: Branches) -> Tensor:
         """Ask about tokens drafted in the sequence that starts at ``first``."""
-        return self.maker.ask(prefix, branches, self.keys.get(first))
+        return self.maker.ask(self.sequences[first], prefix, branches, self.keys.get(first))
 
 
 def plan_batches(num_rows: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:

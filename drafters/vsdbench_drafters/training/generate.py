@@ -6,17 +6,18 @@ each dense and only as wide as its longest row needs; one query a row is then tw
 CPUs are several times faster than a fused attention kernel made for long queries. Prompts are prefilled packed end to
 end, without padding, and a prefix that all prompts share (the chat template's system turn) is computed once.
 
-The model is the stock transformers one: it gets a cache object, explicit masks and positions.
+The model is the stock transformers one: it gets a cache object, explicit masks and positions. A prompt with images is
+read by the target by itself, and its keys and values take their place in a row.
 
 Shape legend: S slots, n rows in use, P prefix tokens, C cache columns, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,61 +25,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
+from vsdbench.models.image_prompt import ImagePrompt
+from vsdbench_drafters.training.answers import Request, Response, StopReason, ends_in_loop
 from vsdbench_drafters.training.sampling import pick_tokens
 from vsdbench_drafters.training.slots import Group, SlotAttention, SlotCache
 
-StopReason = Literal["eos", "length", "loop"]
-
 _LOOP_CHECK_EVERY = 16
-_LOOP_MAX_PERIOD = 48
-_LOOP_MIN_TOKENS = 48
 _PACK_TOKENS = 512
 _ARRANGE_EVERY = 32
 _COLUMNS_UNIT = 16
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt to be answered.
-
-    Attributes:
-        index: The caller's number for it; with the seed it keys the sampling noise.
-        prompt_ids: The rendered prompt, the shared prefix included.
-        temperature: 0 for greedy.
-    """
-
-    index: int
-    prompt_ids: Sequence[int]
-    temperature: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """An answer; ``response_ids`` is ``[n]`` int32 and ends with the EOS token where ``stop_reason`` is ``eos``."""
-
-    request: Request
-    response_ids: NDArray[np.int32]
-    stop_reason: StopReason
-
-
-def ends_in_loop(tokens: NDArray[np.int32], repeats: int) -> bool:
-    """Return whether the tokens end in ``repeats`` exact repetitions of a period of up to 48 tokens.
-
-    Short periods must fill at least 48 tokens, so that a row of dashes or of digits is not taken for a loop.
-
-    >>> ends_in_loop(np.tile(np.arange(20, dtype=np.int32), 3), 3)
-    True
-    >>> ends_in_loop(np.arange(60, dtype=np.int32), 3)
-    False
-    """
-    for period in range(1, _LOOP_MAX_PERIOD + 1):
-        span = max(period * repeats, _LOOP_MIN_TOKENS)
-        if span > len(tokens):
-            continue
-        tail = tokens[-span:]
-        if tail[-1] == tail[-1 - period] and np.array_equal(tail[period:], tail[:-period]):
-            return True
-    return False
+Look = Callable[[ImagePrompt], tuple[list[tuple[Tensor, Tensor]], int]]
+"""Reads a prompt with images: keys and values ``[1, G, L - 1, D]`` of every layer, and its position offset."""
 
 
 def _up(columns: int) -> int:
@@ -108,6 +66,7 @@ class _Rows:
         self.active = np.zeros(slots, dtype=bool)
         self.fresh = np.zeros(slots, dtype=bool)  # prompts not yet prefilled
         self.length = np.zeros(slots, dtype=np.int64)  # columns of the cache that are filled
+        self.offset = np.zeros(slots, dtype=np.int64)  # of the position of the next token from that number
         self.count = np.zeros(slots, dtype=np.int64)  # response tokens so far
         self.token = np.zeros(slots, dtype=np.int64)  # fed in the next step
         self.temperature = np.zeros(slots, dtype=np.float32)
@@ -135,6 +94,7 @@ class SlotGenerator:
         seed: Keys the sampling noise.
         shared_prefix: Tokens that every prompt begins with (may be empty).
         loop_repeats: Stop an answer after this many exact repetitions of its tail; 0 never stops it.
+        look: Reads prompts with images; there may be no shared prefix then.
 
     Attributes:
         num_made: Response tokens decoded so far, those of unfinished answers included.
@@ -151,8 +111,10 @@ class SlotGenerator:
         seed: int = 0,
         shared_prefix: Sequence[int] = (),
         loop_repeats: int = 0,
+        look: Look | None = None,
     ) -> None:
         self._model = model
+        self._look = look
         self._eos = np.array(sorted(eos_ids), dtype=np.int64)
         self._slots = slots
         self._limits = (max_prompt_tokens, max_new_tokens)
@@ -215,11 +177,13 @@ class SlotGenerator:
         positions = torch.from_numpy(rows.length[:in_use].copy()).to(self._device)
         self._cache.begin_decode(positions, gathers=not own)
         keys = torch.arange(columns, device=self._device)
+        offsets = torch.from_numpy(rows.offset[:in_use, None].copy()).to(self._device)
         logits = self._forward(
             torch.from_numpy(rows.token[:in_use, None].copy()),
             positions[:, None],
             keys,
             keys[None, None] <= positions[:, None, None],
+            offsets,
         )[:, -1]
         at = rows.count[:in_use]
         uniforms = rows.noise[np.arange(in_use), np.minimum(at, rows.noise.shape[1] - 1)]
@@ -252,7 +216,9 @@ class SlotGenerator:
             rows.length[row] = rows.temperature[row] = rows.count[row] = 0
         return finished
 
-    def _forward(self, ids: Tensor, positions: Tensor, key_positions: Tensor, visible: Tensor) -> Tensor:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, key_positions: Tensor, visible: Tensor, offsets: Tensor | int = 0
+    ) -> Tensor:
         """Return the logits ``[B, 1, V]`` of the last column of ``ids`` ``[B, q]``.
 
         Args:
@@ -260,6 +226,7 @@ class SlotGenerator:
             positions: ``[B, q]``.
             key_positions: ``[K]`` positions of the cached and new keys.
             visible: ``[B or 1, q, K]`` bool, without the sliding window.
+            offsets: ``[B, 1]``, added to what the model's position embedding is told.
         """
         masks: Tensor | dict[str, Tensor]
         if self._slides:
@@ -273,7 +240,7 @@ class SlotGenerator:
         output = self._model(
             input_ids=ids.to(self._device),
             attention_mask=masks,
-            position_ids=positions,
+            position_ids=positions + offsets,
             cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -305,6 +272,9 @@ class SlotGenerator:
         rows.fresh[filled] = False
         if self._prefix and len(filled):
             self._cache.put_prefix(torch.from_numpy(filled).to(self._device))
+        seen = np.array([isinstance(rows.requests[row].prompt_ids, ImagePrompt) for row in filled], dtype=bool)
+        self._read_images(rows, filled[seen])
+        filled = filled[~seen]
         suffixes = [list(rows.requests[row].prompt_ids[len(self._prefix) : -1]) for row in filled]
         for pack in _packs(suffixes):
             self._prefill([suffixes[position] for position in pack], filled[pack])
@@ -314,7 +284,7 @@ class SlotGenerator:
         rows.requests[row] = request
         rows.active[row] = rows.fresh[row] = True
         rows.length[row] = len(request.prompt_ids) - 1
-        rows.count[row] = 0
+        rows.count[row] = rows.offset[row] = 0
         rows.token[row] = request.prompt_ids[-1]
         rows.temperature[row] = request.temperature
         if request.temperature > 0:
@@ -326,9 +296,21 @@ class SlotGenerator:
         if not 0 < len(ids) <= self._limits[0]:
             msg = f"prompt {request.index} has {len(ids)} tokens, where 1 to {self._limits[0]} are allowed"
             raise ValueError(msg)
-        if len(ids) <= len(prefix) or list(ids[: len(prefix)]) != prefix:
+        if len(ids) <= len(prefix) or list(ids)[: len(prefix)] != prefix:
             msg = f"prompt {request.index} does not begin with the shared prefix of {len(prefix)} tokens"
             raise ValueError(msg)
+
+    def _read_images(self, rows: _Rows, filled: NDArray[np.int64]) -> None:
+        """Let the target read the prompts of these rows, each by itself, and keep its keys and values."""
+        if not len(filled):
+            return
+        assert self._look is not None
+        own = self._model.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+        self._model.set_attn_implementation(self._usual)
+        for row in filled:
+            layers, rows.offset[row] = self._look(rows.requests[row].prompt_ids)
+            self._cache.adopt(torch.tensor([row], device=self._device), layers)
+        self._model.set_attn_implementation(own)
 
     def _prefill(self, sequences: Sequence[Sequence[int]], filled: NDArray[np.int64] | None) -> None:
         """Put the keys and values of the sequences, packed end to end, into their rows (None: into the prefix)."""
@@ -381,7 +363,7 @@ class SlotGenerator:
             Whether it runs with ours.
         """
         config = self._model.config
-        before = config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+        before = self._usual = config._attn_implementation  # noqa: SLF001 - transformers has no public getter
         if before == "eager":
             yield False
             return

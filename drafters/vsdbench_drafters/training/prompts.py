@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models.wheels import WheelFile, fetch
@@ -26,7 +26,8 @@ from vsdbench_drafters.training import code_tasks, word_problems
 from vsdbench_drafters.training.templates import FIELDS, FOLLOW_UPS, GENERATED, TEMPLATES
 
 Split = Literal["train", "heldout"]
-Message = dict[str, str]
+Message = dict[str, Any]
+"""A chat message: ``role``, ``content`` and, where it shows images, ``images``."""
 
 LICENCE = "CC BY-SA 4.0"
 PROMPTS_VERSION = 1
@@ -105,7 +106,7 @@ class Prompt:
     @property
     def hash(self) -> str:
         """The hash of the last user message, as evaluation suites hash their prompts."""
-        return prompt_hash(self.messages[-1]["content"])
+        return prompt_hash(str(self.messages[-1]["content"]))
 
 
 class PromptSource:

@@ -224,7 +224,7 @@ class RecipeConfig(Config):
         content = self.model_dump(mode="json", exclude={"name", "version", "description", "target", "warm_start"})
         if self.evaluation is None:
             del content["evaluation"]
-        del content["data"]["slots"]
+        content["data"] = self.data.content()
         for speed in ("features", "keys", "keys_gb", "checkpoint_s", "compile", "shard_target"):
             del content["training"][speed]
         return content

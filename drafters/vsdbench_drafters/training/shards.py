@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vsdbench.errors import EnvironmentProblemError
+
+if TYPE_CHECKING:
+    from vsdbench_drafters.training.scenes import ShownSequences
 
 HELDOUT_OFFSET = 1 << 40
 """Added to the index of held-out prompts, so that one number says which prompt it is."""
@@ -132,15 +135,15 @@ class TrainingData:
 
     Attributes:
         sequences: For training, by prompt index.
-        heldout: For validation; no article in it occurs in ``sequences``.
+        heldout: For validation; no article or scene in it occurs in ``sequences``.
         fingerprint: Hash of the tokens themselves.
         next_index: First prompt index that was not used.
         meta: Licence, source, target and configuration.
         path: The folder.
     """
 
-    sequences: SequenceList
-    heldout: SequenceList
+    sequences: SequenceList | ShownSequences
+    heldout: SequenceList | ShownSequences
     fingerprint: str
     next_index: int
     meta: dict[str, Any]

@@ -10,6 +10,7 @@ and value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -131,6 +132,18 @@ class SlotCache:
         self._target = self._places(rows[owner], columns)
         for layer, (keys, values) in self._prefix.items():
             self._write(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
+
+    def adopt(self, row: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Fill the first columns of a row with keys and values ``[1, G, L, D]`` that were computed elsewhere.
+
+        Args:
+            row: ``[1]``.
+            layers: Of every layer.
+        """
+        columns = torch.arange(layers[0][0].shape[2], device=row.device)
+        self._target = self._places(row.expand(len(columns)), columns)
+        for layer, (keys, values) in enumerate(layers):
+            self._write(keys, values, layer)
 
     # ---- what the model calls ----
 

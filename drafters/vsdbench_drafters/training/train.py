@@ -18,7 +18,8 @@ from vsdbench.config import content_hash
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
-from vsdbench.models.branching import can_branch, key_shape
+from vsdbench.models.branching import can_branch, counts_tokens, key_shape
+from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.paths import cache_dir
 from vsdbench.processes import Processes
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
@@ -34,6 +35,7 @@ from vsdbench_drafters.training.features import (
     describe,
     draft_vocabulary,
     plan_batches,
+    shown,
 )
 from vsdbench_drafters.training.heldout import DecodedHeldOut, HeldOut
 from vsdbench_drafters.training.loop import Progress, TrainingLoop
@@ -42,6 +44,7 @@ from vsdbench_drafters.training.recipe import RecipeConfig, load_recipe, make_ob
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
     from vsdbench_drafters.objectives.base import DraftModel
+    from vsdbench_drafters.training.features import Sequenced
     from vsdbench_drafters.training.shards import TrainingData
 
 _FORMAT = 1  # raised when the same recipe would train other weights
@@ -58,6 +61,9 @@ _ASKING = 2.5  # how much longer a step takes that asks the target about drafted
 _ASKING_KEPT = 2.1  # the same where the keys and values of the data are kept
 _FEATURE_NUMBERS, _KEY_NUMBERS = 4 * 576, 30 * 2 * 3 * 64  # a token, of the embedded target
 _TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
+# The same of the built target and rendered pictures, each read by itself: 81 visual tokens, answers of 19 on average.
+_SHOWN_TOTAL_PER_RESPONSE = 6.2
+_SHOWN_TOKENS_PER_S = 1150.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +195,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
     that must be trained first, or None), ``seconds`` (all together, the warm start's included), and ``bytes`` of the
     cache. The rates are those of the embedded target on two idle CPU cores.
     """
-    key = content_hash(recipe.data.model_dump(mode="json", exclude={"slots"}))
+    key = content_hash(recipe.data.content())
     wanted = (_recipe_hash(recipe), target_name or recipe.target)
     for path in (cache_dir() / "drafters").glob("*/training.json"):
         summary = describe(path)
@@ -197,18 +203,20 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
             free: dict[str, Any] = {"cached": True, "data_s": 0.0, "training_s": 0.0, "seconds": 0.0, "bytes": 0}
             return free | {"data_key": key, "warm_start": None}
     tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
-    total = tokens * _TOTAL_PER_RESPONSE
+    seen = recipe.data.shows_images
+    total = tokens * (_SHOWN_TOTAL_PER_RESPONSE if seen else _TOTAL_PER_RESPONSE)
     cached = recipe.training.features == "cached"
-    data_s = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S)
+    reading_s = total / (_SHOWN_TOKENS_PER_S if seen else _FEATURE_TOKENS_PER_S)
+    data_s = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S) + (reading_s if seen else 0.0)
     size, key_size = num_bytes(int(total), _FEATURE_NUMBERS), num_bytes(int(total), _KEY_NUMBERS)
     keys = cached and _wants_keys(recipe) and key_size <= recipe.training.keys_gb * 1e9
     asking = (_ASKING_KEPT if keys or not cached else _ASKING) if _asks(recipe) else 1.0
     step_s = _STEP_COST[recipe.architecture.type] * asking / _LAYER_STEPS_PER_S
     training_s = tokens * epochs * recipe.objective.ttt_steps * step_s
     if cached:
-        data_s += total / _FEATURE_TOKENS_PER_S
+        data_s += reading_s
     else:
-        training_s += total * epochs / _FEATURE_TOKENS_PER_S
+        training_s += reading_s * epochs
     if recipe.evaluation is not None:
         decoded = recipe.evaluation.prompts * recipe.evaluation.max_new_tokens * recipe.evaluation.times
         training_s += decoded / _DECODED_TOKENS_PER_S
@@ -310,7 +318,8 @@ def _evaluator(
     wanted = recipe.evaluation
     if wanted is None:
         return scores
-    prompts = [[int(token) for token in s.ids[: s.prompt_len]] for s in list(data.heldout)[: wanted.prompts]]
+    chosen = [data.heldout[i] for i in range(min(wanted.prompts, len(data.heldout)))]
+    prompts = [_prompt(sequence) for sequence in chosen]
     if len(prompts) < wanted.prompts:
         raise ConfigError(
             f"evaluation.prompts is {wanted.prompts}, but the data has {len(prompts)} held-out prompts: raise "
@@ -332,6 +341,11 @@ def _evaluator(
     )
 
 
+def _prompt(sequence: Sequenced) -> Sequence[int]:
+    prompt = shown(sequence, sequence.prompt_len)
+    return prompt if isinstance(prompt, ImagePrompt) else [int(token) for token in prompt]
+
+
 def _asks(recipe: RecipeConfig) -> bool:
     """Whether the objective asks the target about drafted tokens."""
     return isinstance(make_objective(recipe.objective), PathObjective)
@@ -343,9 +357,10 @@ def _wants_keys(recipe: RecipeConfig) -> bool:
 
 def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
     num_tokens = int(data.sequences.lengths.sum())
+    useful = can_branch(target) and (counts_tokens(target) or not recipe.data.shows_images)
     if recipe.training.features == "online":
-        return OnlineFeatures(target, data.sequences, keys=_asks(recipe) and can_branch(target))
-    keys = can_branch(target) and _wants_keys(recipe)
+        return OnlineFeatures(target, data.sequences, keys=_asks(recipe) and useful)
+    keys = useful and _wants_keys(recipe)
     size, limit_gb = num_bytes(num_tokens, prod(key_shape(target)), target.dtype.itemsize), recipe.training.keys_gb
     if keys and size > limit_gb * 1e9:
         keys = False
@@ -362,6 +377,7 @@ def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: C
             cache_dir() / "features",
             fingerprint=data.fingerprint,
             keys=keys,
+            images=recipe.data.shows_images,
             progress=lambda count: bar.advance(task, count),
         )
 

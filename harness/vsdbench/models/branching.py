@@ -12,6 +12,7 @@ the branches, G key-value heads, g query heads a key-value head, W head width, H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -140,6 +141,38 @@ def _run(target: Target, ids: Tensor, positions: Tensor, plan: _Plan) -> Tensor:
             target.model.set_attn_implementation(target.attention)
     states: Tensor = output.last_hidden_state[0]
     return states
+
+
+@torch.inference_mode()
+def branch_states_behind(target: Target, prefix: Sequence[int], branches: Branches) -> Tensor:
+    """Return what ``branch_states`` does, after the target has read a prefix by itself: one with images, say.
+
+    Args:
+        target: The target.
+        prefix: The sequence up to the last root, as ``Target.prefill`` takes it.
+        branches: The branches.
+    """
+    count, length = len(branches), len(prefix)
+    state = target.prefill(prefix, length + count)
+    every = torch.arange(length, device=branches.tokens.device)
+    visible = torch.cat([branches.roots[:, None] >= every, _among(branches)], dim=1)
+    positions = branches.positions
+    target.forward(
+        branches.tokens,
+        positions,
+        visible,
+        torch.cat([every, positions]),
+        state.cache,
+        logits_to_keep=1,
+        position_offset=state.position_offset,
+    )
+    return target._features()[:, -target.hidden_size :]  # noqa: SLF001 - as Target.forward_tree, for any branches
+
+
+def counts_tokens(target: Target) -> bool:
+    """Whether a token's position is its number even behind an image: not with M-RoPE."""
+    rope = getattr(target.config, "rope_parameters", None) or getattr(target.config, "rope_scaling", None) or {}
+    return "mrope_section" not in rope
 
 
 def _among(branches: Branches) -> Tensor:

@@ -1,0 +1,59 @@
+"""What slot-wise decoding is asked and answers, and when an answer has begun to repeat itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+StopReason = Literal["eos", "length", "loop"]
+
+_LOOP_MAX_PERIOD = 48
+_LOOP_MIN_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to be answered.
+
+    Attributes:
+        index: The caller's number for it; with the seed it keys the sampling noise.
+        prompt_ids: The rendered prompt, the shared prefix included.
+        temperature: 0 for greedy.
+    """
+
+    index: int
+    prompt_ids: Sequence[int]
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer; ``response_ids`` is ``[n]`` int32 and ends with the EOS token where ``stop_reason`` is ``eos``."""
+
+    request: Request
+    response_ids: NDArray[np.int32]
+    stop_reason: StopReason
+
+
+def ends_in_loop(tokens: NDArray[np.int32], repeats: int) -> bool:
+    """Return whether the tokens end in ``repeats`` exact repetitions of a period of up to 48 tokens.
+
+    Short periods must fill at least 48 tokens, so that a row of dashes or of digits is not taken for a loop.
+
+    >>> ends_in_loop(np.tile(np.arange(20, dtype=np.int32), 3), 3)
+    True
+    >>> ends_in_loop(np.arange(60, dtype=np.int32), 3)
+    False
+    """
+    for period in range(1, _LOOP_MAX_PERIOD + 1):
+        span = max(period * repeats, _LOOP_MIN_TOKENS)
+        if span > len(tokens):
+            continue
+        tail = tokens[-span:]
+        if tail[-1] == tail[-1 - period] and np.array_equal(tail[period:], tail[:-period]):
+            return True
+    return False
