@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -70,9 +71,20 @@ def pair(tmp_path_factory):
     return SimpleNamespace(folder=folder, ended=ended)
 
 
+@pytest.fixture(scope="module")
+def alone_of(tmp_path_factory):
+    """A way to what one process makes of each work, which is done once."""
+
+    @functools.cache
+    def alone(name):
+        return WORK[name](Processes(), tmp_path_factory.mktemp(name))
+
+    return alone
+
+
 @pytest.mark.parametrize("name", ["kl", "vsd", "sharded"])
-def test_two_processes_train_what_one_does(tmp_path, pair, name):
-    alone = WORK[name](Processes(), tmp_path)
+def test_two_processes_train_what_one_does(pair, alone_of, name):
+    alone = alone_of(name)
     assert alone["odd_step"], "some step leaves a process without a batch"
     for rank in (0, 1):
         found = torch.load(pair.folder / f"{name}-{rank}.pt")
@@ -85,16 +97,16 @@ def test_two_processes_train_what_one_does(tmp_path, pair, name):
         assert found["target_forwards"] == alone["target_forwards"]
 
 
-def test_the_log_is_written_once_and_counts_all_batches(tmp_path, pair):
-    alone = WORK["kl"](Processes(), tmp_path)["log"]
+def test_the_log_is_written_once_and_counts_all_batches(pair, alone_of):
+    alone = alone_of("kl")["log"]
     found = torch.load(pair.folder / "kl-0.pt")["log"]
     assert len(found) == len(alone) == 3
     for line, expected in zip(found, alone, strict=True):
         assert line == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_sharded_target_gives_what_the_whole_one_gives(tmp_path, pair):
-    alone = WORK["sharded"](Processes(), tmp_path)
+def test_a_sharded_target_gives_what_the_whole_one_gives(pair, alone_of):
+    alone = alone_of("sharded")
     assert alone["share"] == 1
     for rank in (0, 1):
         found = torch.load(pair.folder / f"sharded-{rank}.pt")

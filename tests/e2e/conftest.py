@@ -8,6 +8,8 @@ import pytest
 import torch
 from tests.e2e.workspace import Result, Workspace, save_model
 
+from vsdbench.report import figures
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _surroundings(tmp_path_factory):
@@ -28,7 +30,9 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workspace(tmp_path, tiny_model) -> Workspace:
+def workspace(tmp_path, tiny_model, monkeypatch) -> Workspace:
+    """A workspace whose runs draw no figures: those of ``finished`` are looked at, and drawing takes half of a run."""
+    monkeypatch.setattr(figures, "write_figures", lambda _summary, _folder: [])
     return Workspace(tmp_path, tiny_model)
 
 
