@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tests.e2e.workspace import Result, Workspace, save_model
+from tests.e2e.workspace import Result, Workspace, save_model, slow_second_repeats
 from typer.testing import CliRunner
 
 from vsdbench.ablation.analysis import analyse
@@ -17,7 +17,7 @@ from vsdbench.ablation.grid import Arm, family, load_base
 from vsdbench.ablation.run import _write
 from vsdbench.bench.run import RunStore
 from vsdbench.cli import app
-from vsdbench.paths import list_data, reports_dir
+from vsdbench.paths import cache_dir, list_data, reports_dir
 from vsdbench.store.store import load_manifest, load_records
 from vsdbench_drafters.training import train as train_module
 from vsdbench_drafters.training.loop import TrainingLoop
@@ -252,6 +252,49 @@ def test_a_killed_training_and_a_killed_run_go_on(bench, finished, trained, monk
     assert trained == []
     assert json.loads(result.out)["run_id"] == manifest.parent.name
     assert load_manifest(manifest.parent)["ablation"]["arms"][1]["name"] == "no-kl"
+
+
+def test_two_drafters_are_decoded_and_compared(bench, finished, trained, tmp_path):
+    """A recipe against a folder of weights: both in one run, in its tree; without training what is there."""
+    recipe = f"{finished[1] / 'ablation.yaml'}:no-car@0"
+    weights = next(path for path in cache_dir().rglob("model.safetensors") if path.parent != bench.model).parent
+    fixed = ["--suite", str(bench.suite), "--limit", "1", "--device", "cpu", "--dtype", "fp32", "--results", tmp_path]
+
+    def compare(*words):
+        return CliRunner().invoke(app, ["compare", *map(str, [*words, *fixed])], catch_exceptions=False)
+
+    done = compare(recipe, f"eagle3:{weights}", "--json", "--quiet")
+    assert done.exit_code == 0, done.stderr
+    assert trained == []
+    told = json.loads(done.stdout)
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    assert (told["same_run"], told["a"]["run_id"]) == (True, manifest.parent.name)
+    assert (told["a"]["method"], told["b"]["method"]) == ("whole-no-car@0", weights.name)
+    assert told["rows"][0]["num_prompts"] == 1
+    records = load_records(manifest.parent)
+    assert {record.method for record in records} == {"autoregressive", "whole-no-car@0", weights.name}
+    assert {record.tree.budget for record in records if record.tree} == {TREE["budget"]}
+    same = compare(weights, weights)
+    assert (same.exit_code, "needs two drafters" in same.stderr) == (2, True)
+    unknown = compare("anyy", recipe)
+    assert (unknown.exit_code, "'anyy' is no drafter of the suite 'few' (any)" in unknown.stderr) == (2, True)
+
+
+def test_a_noisy_machine_is_told_of_and_strict_ends_with_1(bench, finished, monkeypatch):
+    before = set(bench.runs)
+    with monkeypatch.context() as patch:
+        slow_second_repeats(patch)
+        result = bench.ablate("--no-car", "--strict")
+    assert result.code == 1
+    assert "no-car" in result.out
+    assert "Smallest difference between trained drafters" in result.out
+    assert result.err.splitlines()[-1].startswith("error: A/A control: autoregressive at T = 0 was ")
+    (manifest,) = set(bench.runs) - before
+    again = bench.ablate("--no-car", "--run", manifest.parent.name)
+    shown = CliRunner().invoke(app, ["show", manifest.parent.name, "--results", str(bench.results)])
+    assert (again.code, shown.exit_code) == (0, 0)
+    for told in (again.err, shown.stderr):
+        assert "warning: A/A control: autoregressive at T = 0 was " in told
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from rich.console import Console
 from tests.conftest import make_record
 
 from vsdbench.ablation.analysis import analyse
-from vsdbench.ablation.show import forest_figure, print_result, write_forest
+from vsdbench.ablation.show import print_result, write_forest
 from vsdbench.bench.paired import holm
 from vsdbench.errors import ConfigError
+from vsdbench.report.plots import arm_panels, forest_figure
 
 TRUTH = {"vsd": 2.4, "no-car": 1.8, "no-arw": 2.4, "continual-kl": 2.1}
 BUDGET = {"tokens": 24_000, "target_forwards": 310, "wall_s": 31.5}
@@ -174,7 +175,7 @@ def test_the_forest_plot(result, tmp_path):
     assert ET.parse(paths[0]).getroot().tag.endswith("svg")
     again = write_forest(result, tmp_path / "again")
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
-    tau, speed = forest_figure(result["modes"][0], "vsd").axes
+    tau, speed = forest_figure(arm_panels(result["modes"][0], "vsd")).axes
     labels = [label.get_text() for label in tau.get_yticklabels()]
     assert labels == ["no-car", "no-arw", "continual-kl", "warm-start"]
     assert len(tau.containers) == len(speed.containers) == len(labels)

@@ -189,7 +189,7 @@ def test_what_cannot_be_compared_is_one_sentence(save, sides, tmp_path):
     with pytest.raises(ConfigError, match=r"No run 'odl'.*Did you mean 'old'"):
         sides("odl")
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(ConfigError, match=r"is not a run: to compare checkpoints .* drafters.NAME.checkpoint"):
+    with pytest.raises(ConfigError, match=r"is not a run: to compare checkpoints .* OTHER --suite SUITE"):
         sides(str(tmp_path / "checkpoint"))
     RunStore.create(tmp_path / "empty", {"run_id": "empty"}).close()
     with pytest.raises(ConfigError, match="no records yet"):

@@ -110,7 +110,7 @@ def test_pairs_count_what_both_did(make_record):
             make_record(num_output_tokens=1, decode_s=0.0, prompt_id="p1"),
         ]
     )
-    paired = metrics.paired_seconds_per_token(ours, theirs)
+    paired = metrics.paired_seconds_per_token(metrics.by_turn(ours), metrics.by_turn(theirs))
     assert paired.to_dict("index") == {"tiny/p0": pytest.approx({"method_s": 0.1, "reference_s": 0.3})}
 
 

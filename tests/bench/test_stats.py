@@ -87,8 +87,22 @@ def test_an_interval_repeats_with_its_seed_and_only_with_it():
 def test_bca_is_what_scipy_gives():
     values = np.random.default_rng(0).gamma(2.0, size=30)
     expected = scipy_stats.bootstrap((values,), np.mean, n_resamples=500, method="BCa", rng=np.random.default_rng(1))
-    got = stats.bootstrap_interval([values], np.mean, seed=1, num_resamples=500)
-    assert got == pytest.approx(tuple(expected.confidence_interval))
+    assert stats.bootstrap_interval([values], np.mean, seed=1, num_resamples=500) == expected.confidence_interval
+
+
+def test_draws_that_are_kept_change_nothing(monkeypatch):
+    """Several samples, resampled jointly; with what was drawn before, without it, and as scipy does it itself."""
+    rng = np.random.default_rng(0)
+    samples = [rng.integers(40, 90, size=150).astype(float), rng.integers(20, 40, size=150).astype(float)]
+    expected = scipy_stats.bootstrap(
+        samples, stats._ratio_of_sums, paired=True, n_resamples=999, rng=np.random.default_rng(1)
+    )
+    for _ in range(2):
+        got = stats.bootstrap_interval(samples, stats._ratio_of_sums, seed=1, num_resamples=999)
+        assert got == expected.confidence_interval
+    monkeypatch.setattr(stats, "_MAX_KEPT", 0)
+    monkeypatch.setattr(stats, "_MAX_ELEMENTS", 1000)  # and in many batches
+    assert stats.bootstrap_interval(samples, stats._ratio_of_sums, seed=1, num_resamples=999) == got
 
 
 @pytest.mark.parametrize(

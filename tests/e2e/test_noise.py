@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.e2e.workspace import lines_of
+from tests.e2e.workspace import lines_of, slow_second_repeats
+from typer.testing import CliRunner
 
+from vsdbench.cli import app
 from vsdbench.store.store import RunStore
 
 
 @pytest.fixture
 def slowing(monkeypatch):
     """A machine on which every second repeat takes about three times as long."""
-    append = RunStore.append
-
-    def slower(self, record, token_ids=None):
-        factor = 3 + len(record.prompt_id) % 2 if record.repeat else 1
-        seconds = 0.01 * (record.num_output_tokens - 1) * factor
-        append(self, record.model_copy(update={"decode_s": seconds}), token_ids)
-
-    monkeypatch.setattr(RunStore, "append", slower)
+    slow_second_repeats(monkeypatch)
 
 
 @pytest.fixture
@@ -70,3 +65,6 @@ def test_the_smallest_detectable_difference_stands_under_the_table(finished):
     [line] = [line for line in result.out.splitlines() if line.startswith("Smallest difference between drafters")]
     assert "5 prompts" in line
     assert line.count("%") == 1 + 2 * 2  # the power, then speed and tau of two modes
+    run = finished[0].only_run
+    shown = CliRunner().invoke(app, ["show", run.name, "--results", str(run.parent)], catch_exceptions=False)
+    assert line in shown.stdout.splitlines()

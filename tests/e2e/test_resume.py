@@ -13,7 +13,7 @@ from tests.e2e.workspace import Workspace, lines_of, outcomes_of, save_model
 from vsdbench.bench import run as run_module
 from vsdbench.store.files import AppendLog
 
-PATIENCE_S = 60
+PATIENCE_S = 180
 
 
 def wait_for_records(workspace: Workspace, process, count: int):

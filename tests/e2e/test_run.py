@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -83,6 +86,7 @@ def test_manifest_and_config_say_what_was_run(finished):
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["run_id"] == run.name
     assert manifest["status"] == "complete"
+    assert manifest["command"] == shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     assert manifest["started"] <= manifest["finished"]
     assert (manifest["suite"], manifest["suite_version"], manifest["num_prompts"]) == ("tiny", 1, len(PROMPTS))
     assert (manifest["target"], manifest["device"], manifest["dtype"]) == (str(workspace.model), "cpu", "float32")

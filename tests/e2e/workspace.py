@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from typer.testing import CliRunner
 
 from vsdbench.cli import app
+from vsdbench.store.store import RunStore
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
@@ -156,6 +158,18 @@ class Workspace:
     def only_run(self) -> Path:
         (manifest,) = self.runs
         return manifest.parent
+
+
+def slow_second_repeats(patch: pytest.MonkeyPatch) -> None:
+    """Make every second repeat take about three times as long as the first."""
+    append = RunStore.append
+
+    def slower(self, record, token_ids=None):
+        factor = 3 + len(record.prompt_id) % 2 if record.repeat else 1
+        seconds = 0.01 * (record.num_output_tokens - 1) * factor
+        append(self, record.model_copy(update={"decode_s": seconds}), token_ids)
+
+    patch.setattr(RunStore, "append", slower)
 
 
 def lines_of(run: Path) -> list[dict]:

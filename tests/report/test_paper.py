@@ -20,6 +20,7 @@ from vsdbench.cli import app
 from vsdbench.errors import ConfigError
 from vsdbench.report.paper import default_name, read, write_report
 from vsdbench.report.render import FORMATS
+from vsdbench.report.results import main_table
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "results/reference"
@@ -76,12 +77,21 @@ def test_every_table_and_figure_has_its_files_and_nothing_is_large(quickstart):
     assert all(path.is_file() and path.stat().st_size < 1_000_000 for path in written)
 
 
-def test_no_torch_is_imported(tmp_path, make_run, store_run):
+def test_reading_comparing_and_reporting_import_no_torch(tmp_path, make_run, store_run):
+    """One process does all of it, since it is the start of a process that takes the time."""
     folder = store_run(make_run(num_prompts=3, num_repeats=1), "small")
+    modules = [
+        "provenance", "models.source", "store.records", "store.files", "store.frames", "store.store", "bench.metrics",
+        "bench.stats", "bench.summary", "bench.diagnostics", "bench.compare", "bench.gates", "report.tables",
+        "report.figures", "report.comparison", "report.paper",
+    ]  # fmt: skip
     code = (
-        "import sys; from pathlib import Path; from vsdbench.report.paper import write_report;"
-        f"write_report([Path({str(folder)!r})], Path({str(tmp_path / 'r.pdf')!r}));"
-        "sys.exit('torch' in sys.modules)"
+        f"import sys; from pathlib import Path; import vsdbench.{', vsdbench.'.join(modules)};"
+        f"vsdbench.provenance.machine(); folder = Path({str(folder)!r});"
+        f"vsdbench.report.paper.write_report([folder], Path({str(tmp_path / 'r.pdf')!r}));"
+        "sides = [vsdbench.bench.compare.load_side(f'{folder}:{name}', folder) for name in ('ngram', 'eagle3-kl')];"
+        "vsdbench.bench.compare.compare(*sides, num_resamples=99);"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -170,7 +180,7 @@ def test_the_headline_and_losslessness_are_what_the_records_say(quickstart):
         of = [a for a in answers if (a["method"], a["temperature"]) == key and a["divergence"]]
         gaps = sorted(abs(a["divergence"]["gap"]) for a in of)
         assert int(row["near-tie"]) == len(gaps)
-        assert float(row["largest gap"]) == gaps[-1]
+        assert float(row["largest gap"]) == pytest.approx(gaps[-1], rel=1e-9)
 
 
 def test_acceptance_and_time_shares_are_what_the_records_say(quickstart):
@@ -182,7 +192,7 @@ def test_acceptance_and_time_shares_are_what_the_records_say(quickstart):
         for depth in (1, 2, 3):
             reached = [kept for deepest, kept in steps if deepest >= depth and kept >= depth - 1]
             share = sum(kept >= depth for kept in reached) / len(reached)
-            assert float(row[f"depth {depth}"]) == pytest.approx(share, rel=1e-12)
+            assert float(row[f"depth {depth}"]) == pytest.approx(share, rel=1e-9)
         drafting = sum(sum(a["steps"]["draft_ms"]) for a in of) / 1e3 / sum(a["decode_s"] for a in of)
         assert float(times[row["drafter"], row["T"]]["drafter's share"]) == pytest.approx(drafting, rel=1e-9)
 
@@ -210,17 +220,14 @@ def test_sections_appear_where_there_is_something_to_say(quickstart, hour):
     assert "What is reconstructed" in (quickstart[0].with_suffix("") / "report.typ").read_text(encoding="utf-8")
 
 
-def test_bold_is_only_where_the_second_best_is_told_apart(tmp_path, make_run, store_run):
-    apart, alike = tmp_path / "apart.pdf", tmp_path / "alike.pdf"
-    write_report([store_run(make_run(num_prompts=30, drafters=("slow", "mid", "fast")), "apart")], apart)
+def test_bold_is_only_where_the_second_best_is_told_apart(make_run, store_run):
+    apart = store_run(make_run(num_prompts=30, drafters=("slow", "mid", "fast")), "apart")
     same = make_run(num_prompts=30, drafters=("one",))
     twin = [r.model_copy(update={"method": "two"}) for r in same if r.method == "one"]
-    write_report([store_run([*same, *twin], "alike")], alike)
+    alike = store_run([*same, *twin], "alike")
 
-    def bold(output):
-        source = (output.with_suffix("") / "report.typ").read_text(encoding="utf-8")
-        main = source[source.index('key: "main"') :].split("\n)\n")[0]
-        return [line.split('"')[1] for line in main.splitlines() if "bold: true" in line]
+    def bold(folder):
+        return [row[0].text for row in main_table(read([folder])).rows if any(cell.strong for cell in row)]
 
     assert bold(apart) == ["fast"]
     assert bold(alike) == []
@@ -231,8 +238,11 @@ def test_a_noisy_clock_is_said(tmp_path, make_run, store_run):
         r.model_copy(update={"decode_s": r.decode_s * (1.5 if r.repeat else 1.0)}) if r.kind == "baseline" else r
         for r in make_run(num_prompts=12)
     ]
-    write_report([store_run(records, "noisy")], tmp_path / "r.pdf")
-    assert "too noisy for speeds to be trusted" in (tmp_path / "r/report.typ").read_text(encoding="utf-8")
+    write_report([store_run(records, "noisy", command="vsdbench run tiny repeats=2")], tmp_path / "r.pdf")
+    source = (tmp_path / "r/report.typ").read_text(encoding="utf-8")
+    assert "too noisy for speeds to be trusted" in source
+    assert '"vsdbench run tiny repeats=2"' in source
+    assert {row["drafter"] for row in rows_of(tmp_path / "r.pdf", "domains")} == {"ngram", "eagle3-kl"}
 
 
 def test_names_that_are_markup_elsewhere_are_only_names(tmp_path, make_run, store_run):
@@ -272,9 +282,11 @@ def test_runs_on_the_same_prompts_are_paired(tmp_path, make_run, store_run):
     assert (output.with_suffix("") / "figures/comparison.svg").is_file()
 
 
-def test_runs_on_other_prompts_stand_side_by_side(tmp_path):
+def test_runs_on_other_prompts_stand_side_by_side(tmp_path, make_run, store_run):
     output = tmp_path / "r.pdf"
-    write_report([HOUR, QUICKSTART], output)
+    first = make_run(num_prompts=6)
+    second = [r.model_copy(update={"prompt_id": f"q{r.prompt_id}"}) for r in first]
+    write_report([store_run(first, "run-1"), store_run(second, "run-2")], output)
     source = (tmp_path / "r/report.typ").read_text(encoding="utf-8")
     assert "nothing is paired" in source
     assert not (tmp_path / "r/tables/comparison.csv").exists()
@@ -295,14 +307,12 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 def test_the_verb_writes_where_it_says(tmp_path, monkeypatch, make_run, store_run):
     monkeypatch.setenv("VSDBENCH_REPORTS", str(tmp_path))
-    done = CliRunner().invoke(
-        app, ["report", "quickstart-cpu", "--results", str(ROOT / "results"), "--json", "--quiet"]
-    )
+    small = store_run(make_run(num_prompts=3, num_repeats=1), "small")
+    done = CliRunner().invoke(app, ["report", "sma", "--results", str(small.parent), "--json", "--quiet"])
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
-    assert data["report"] == str(tmp_path / f"{default_name([QUICKSTART])}.pdf")
+    assert data["report"] == str(tmp_path / f"{default_name([small])}.pdf") == str(tmp_path / "small.pdf")
     assert all(Path(path).is_file() for path in data["files"])
-    small = store_run(make_run(num_prompts=3, num_repeats=1), "small")
     titled = CliRunner().invoke(
         app, ["report", str(small), "--title", "Mine & #yours", "--output", str(tmp_path / "t.pdf"), "--quiet"]
     )

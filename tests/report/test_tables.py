@@ -79,6 +79,8 @@ def test_baselines_and_definitions_are_shown(summary):
         "95 % BCa over prompts",
         "kept / reached",
         "12 prompts x 2 repeats",
+        "Student's t intervals that together hold 1 in 99 % of quiet runs",
+        "Smallest difference between trained drafters that these 12 prompts show",
     ):
         assert said in flat
     controls = [row["A/A"].inline() for row in baseline_rows(summary)]

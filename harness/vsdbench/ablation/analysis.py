@@ -40,12 +40,23 @@ def analyse(
     Raises:
         ConfigError: The run is no ablation, or has no records.
     """
+    return analyse_frames(to_frames(records), manifest, seed=seed, num_resamples=num_resamples)
+
+
+def analyse_frames(
+    frames: Frames,
+    manifest: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    num_resamples: int = stats.NUM_RESAMPLES,
+) -> dict[str, Any]:
+    """Return what ``analyse`` does, of records that are frames already."""
+    frame, steps = frames
     told = manifest.get("ablation")
     if told is None:
         raise ConfigError(f"Run '{manifest.get('run_id')}' is no ablation; make one with `vsdbench ablate`.")
-    if not records:
+    if frame.empty:
         raise ConfigError("The run has no records yet, so there is nothing to analyse; continue it with --resume.")
-    frame, steps = to_frames(records)
     bootstrap = {"seed": seed, "num_resamples": num_resamples}
     modes = []
     for mode, temperature in sorted(set(zip(frame["mode"], frame["temperature"], strict=True))):

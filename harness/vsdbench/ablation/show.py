@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,11 +13,12 @@ from rich.text import Text
 
 from vsdbench.ablation.grid import WARM_START, describe_change
 from vsdbench.bench.estimate import minutes
-from vsdbench.report.figures import OKABE_ITO, SCREEN, Layout, mode_label, save, styled
+from vsdbench.bench.paired import ALPHA
+from vsdbench.report.figures import SCREEN, mode_label, save
+from vsdbench.report.plots import arm_panels, forest_figure
 
 MISSING = "\N{EN DASH}"
-_SIGNIFICANT = 0.05
-_MEASURES = (("tau", "\N{GREEK SMALL LETTER TAU}"), ("speedup", "tokens/s"))
+_MEASURES = ("tau", "speedup")
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -71,9 +69,9 @@ def _comparison(arms: Sequence[Mapping[str, Any]], separator: str) -> Table:
     table = _table("arm", "seeds", "τ", "Δτ, %", "p", "Δspeed, %", "p")
     for index, arm in enumerate(arms):
         cells = [str(len(arm["seeds"])) if arm["seeds"] else MISSING, _number(arm["tau"])]
-        for measure, _ in _MEASURES:
+        for measure in _MEASURES:
             p_value = arm[f"p_{measure}_holm"]
-            style = "bold" if p_value is not None and p_value < _SIGNIFICANT else ""
+            style = "bold" if p_value is not None and p_value < ALPHA else ""
             cells += [f"[{style}]{text}[/]" if style else text for text in _difference(arm, measure, separator)]
         first_control = arm["control"] and not arms[index - 1]["control"]
         if first_control:
@@ -102,7 +100,7 @@ def _definitions(result: Mapping[str, Any]) -> str:
     return (
         f"{budget}Δ: the arm against {result['reference']} on the same prompts, above 0 where the arm is better; 95 % "
         f"intervals {level}. p: adjusted for several arms (Holm), controls by themselves; bold below "
-        f"{_SIGNIFICANT:g}. τ: tokens emitted a verification step, bonus included."
+        f"{ALPHA:g}. τ: tokens emitted a verification step, bonus included."
     )
 
 
@@ -149,64 +147,10 @@ def write_forest(result: Mapping[str, Any], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for entry in result["modes"]:
-        if any(arm["delta_tau_pct"] is not None for arm in entry["arms"]):
+        panels = arm_panels(entry, result["reference"])
+        if panels:
             suffix = f"_t{entry['temperature']:g}" if entry["mode"] == "stochastic" else ""
-            written += save(forest_figure(entry, result["reference"]), directory / f"forest_{entry['mode']}{suffix}")
+            title = f"arms against {result['reference']}, {mode_label(entry['mode'], entry['temperature'])}"
+            figure = forest_figure(panels, layout=SCREEN, title=title)
+            written += save(figure, directory / f"forest_{entry['mode']}{suffix}")
     return written
-
-
-def forest_figure(entry: Mapping[str, Any], reference: str, layout: Layout = SCREEN) -> Figure:
-    """Return every arm's differences in tau and in speed with their intervals, controls apart, and a line at zero.
-
-    Filled marks are differences that hold after Holm's correction, open ones are not told apart from the reference.
-
-    Args:
-        entry: One of the result's ``modes``.
-        reference: Name of the reference arm.
-        layout: The size.
-    """
-    arms = [arm for arm in entry["arms"] if arm["name"] != reference]
-    places = _places(arms)
-    row_in = 3.2 * layout.letter_in
-    with styled(layout):
-        figure = Figure(figsize=(layout.width_in, 0.85 + row_in * (max(places) + 1)), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, len(_MEASURES), sharey=True)
-        for axes, (measure, label) in zip(panels, _MEASURES, strict=True):
-            for arm, place in zip(arms, places, strict=True):
-                _mark(axes, arm, place, measure, layout)
-            axes.axvline(0.0, color="0.25", linewidth=0.9, zorder=1)
-            axes.set(xlabel=f"change in {label} from {reference}, %", ylim=(max(places) + 0.6, -0.6))
-            axes.grid(axis="x", color="0.9", linewidth=0.6)
-            axes.tick_params(axis="y", length=0)
-            axes.spines["left"].set_visible(False)
-        panels[0].set_yticks(places, [arm["name"] for arm in arms])
-        figure.suptitle(mode_label(entry["mode"], entry["temperature"]), fontsize="medium")
-    return figure
-
-
-def _places(arms: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Return the height of each arm, from the top, with a gap before the controls."""
-    gap = 0.0
-    places: list[float] = []
-    for index, arm in enumerate(arms):
-        if index and arm["control"] and not arms[index - 1]["control"]:
-            gap = 0.6
-        places.append(index + gap)
-    return places
-
-
-def _mark(axes: Axes, arm: Mapping[str, Any], place: float, measure: str, layout: Layout) -> None:
-    change, interval = arm[f"delta_{measure}_pct"], arm[f"delta_{measure}_ci"]
-    if change is None:
-        return
-    p_value = arm[f"p_{measure}_holm"]
-    color = OKABE_ITO[7] if arm["control"] else OKABE_ITO[0]
-    low, high = interval or (change, change)
-    error = [[max(0.0, change - low)], [max(0.0, high - change)]] if interval else None
-    filled = p_value is not None and p_value < _SIGNIFICANT
-    axes.errorbar(
-        change, place, xerr=error, color=color, marker="s" if arm["control"] else "o",
-        markerfacecolor=color if filled else "white", markersize=5 if layout is SCREEN else 3.5,
-        elinewidth=1.3, capsize=2.5, zorder=3,
-    )  # fmt: skip

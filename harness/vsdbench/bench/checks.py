@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vsdbench.bench import metrics, stats
+from vsdbench.errors import GateError
 
 POWER = 0.8
 CONTROL_CONFIDENCE = 0.99
@@ -65,6 +66,29 @@ def noise(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def enforce(summaries: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
+    """Raise for runs whose answers are not lossless, and under ``strict`` for those whose clock cannot be trusted.
+
+    Args:
+        summaries: Of runs that are finished and kept.
+        strict: Whether an A/A control that does not hold 1 is a failure.
+
+    Raises:
+        GateError: Says how many answers violate, or which control does not hold.
+    """
+    violations = sum(
+        row["lossless"]["violations"] for summary in summaries for row in summary["results"] if row["category"] is None
+    )
+    if violations:
+        raise GateError(
+            f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
+            "not lossless; see the divergences in records.jsonl, and repeat with --dtype fp32."
+        )
+    noisy = [sentence for summary in summaries for sentence in noise(summary)]
+    if strict and noisy:
+        raise GateError(f"{noisy[0]} (The records are kept.)")
+
+
 def detectable(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Any]:
     """Return the smallest change in speed and in tau between two drafters that this suite shows with 80 % power.
 
@@ -94,12 +118,7 @@ def detectable(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Any]:
 
 def detectable_line(summary: Mapping[str, Any]) -> str | None:
     """Return one line about ``minimum_detectable_effect`` of a summary; None where nothing could be told."""
-    parts = []
-    for entry in summary["minimum_detectable_effect"]:
-        known = [(entry["speedup_pct"], "in speed"), (entry["tau_pct"], "in τ")]
-        told = [f"{value:.1f} % {what}" for value, what in known if value is not None]
-        if told:
-            parts.append(f"{' and '.join(told)} at T = {entry['temperature']:g}")
+    parts = detectable_effects(summary)
     if not parts:
         return None
     between = summary["minimum_detectable_effect"][0]["between"]
@@ -107,6 +126,17 @@ def detectable_line(summary: Mapping[str, Any]) -> str | None:
         f"Smallest difference between {between} that these {summary['num_prompts']} prompts show with "
         f"{100 * POWER:g} % power: {'; '.join(parts)}."
     )
+
+
+def detectable_effects(summary: Mapping[str, Any]) -> list[str]:
+    """Return ``minimum_detectable_effect`` in words, a mode each: ``1.2 % in speed and 0.9 % in τ at T = 0``."""
+    parts = []
+    for entry in summary["minimum_detectable_effect"]:
+        known = [(entry["speedup_pct"], "in speed"), (entry["tau_pct"], "in τ")]
+        told = [f"{value:.1f} % {what}" for value, what in known if value is not None]
+        if told:
+            parts.append(f"{' and '.join(told)} at T = {entry['temperature']:g}")
+    return parts
 
 
 def _holds_one(low: float, high: float) -> bool:

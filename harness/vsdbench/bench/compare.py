@@ -93,8 +93,8 @@ def load_side(spec: str, results: Path) -> Side:
         if not Path(name).exists():
             raise
         raise ConfigError(
-            f"'{name}' is not a run: to compare checkpoints or recipes, decode both in one run (vsdbench run SUITE "
-            "drafters.NAME.checkpoint=PATH) and name its methods as RUN:METHOD."
+            f"'{name}' is not a run: to compare checkpoints or recipes, say on what: "
+            f"vsdbench compare {spec} OTHER --suite SUITE."
         ) from error
     records = load_records(run)
     if not records:
@@ -197,8 +197,8 @@ def _speedup_against_own(
     if baselines[0] is None or baselines[1] is None:
         return Difference(change_pct=None, ci_pct=None, p_value=None, num_prompts=0, num_seeds=num_seeds)
     (own, *ours), (other, *theirs) = _on_common_turns([[baselines[0], *ours], [baselines[1], *theirs]])
-    before = [paired.speed_log_ratios(records, own[0]) for records, _ in ours]
-    after = [paired.speed_log_ratios(records, other[0]) for records, _ in theirs]
+    before = [stats.log_ratios(records, own[0]) for records, _ in ours]
+    after = [stats.log_ratios(records, other[0]) for records, _ in theirs]
     before, after = (side * (num_seeds if len(side) == 1 else 1) for side in (before, after))
     changes = [(new - old).dropna() for old, new in zip(before, after, strict=True)]
     return paired.mean_difference(changes, **options)

@@ -6,6 +6,7 @@ has no value (no steps, no decode time) is None, never NaN, so that it is ``null
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 
@@ -15,7 +16,11 @@ def select(records: pd.DataFrame, steps: pd.DataFrame, **equal: object) -> tuple
     for column, value in equal.items():
         keep &= records[column] == value
     chosen = records[keep]
-    return chosen, steps[steps["record"].isin(chosen.index)]
+    numbers = steps["record"].to_numpy()
+    highest = max((int(values.max()) for values in (chosen.index, numbers) if len(values)), default=-1)
+    wanted = np.zeros(highest + 1, dtype=bool)
+    wanted[chosen.index] = True
+    return chosen, steps[wanted[numbers]]
 
 
 # --- accepted length -----------------------------------------------------------------------------------------------
@@ -74,9 +79,9 @@ def tau_definitions(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, flo
 
 def emitted_and_steps(records: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """Return ``num_emitted`` and ``num_steps`` summed by prompt (index ``unit``, sorted), turns and repeats pooled."""
-    units = steps["record"].map(records["unit"])
-    sums = steps.groupby(units)["num_emitted"].agg(["sum", "size"])
-    return sums.rename(columns={"sum": "num_emitted", "size": "num_steps"}).rename_axis("unit")
+    by_record = steps.groupby("record")["num_emitted"].agg(num_emitted="sum", num_steps="size")
+    sums: pd.DataFrame = by_record.assign(unit=records["unit"].loc[by_record.index]).groupby("unit").sum()
+    return sums
 
 
 def acceptance_rate_at_depth(steps: pd.DataFrame, depth: int) -> float | None:
@@ -107,7 +112,7 @@ def seconds_per_token(records: pd.DataFrame) -> pd.Series[float]:
 
     Prompts without a decoded token (every answer ended with its first) are left out.
     """
-    return _pool_turns(_by_turn(records))
+    return _pool_turns(by_turn(records))
 
 
 def paired_seconds_per_token(method: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
@@ -115,8 +120,13 @@ def paired_seconds_per_token(method: pd.DataFrame, reference: pd.DataFrame) -> p
 
     Only prompt x turn pairs that both have count, so that an interrupted run compares like with like. Repeats are
     averaged within a turn (their numbers may differ), turns are pooled within the prompt.
+
+    Args:
+        method: As ``by_turn`` gives it.
+        reference: Likewise.
     """
-    both = _by_turn(method).join(_by_turn(reference).add_suffix("_reference"), how="inner")
+    theirs = reference.reindex(method.index).add_suffix("_reference")
+    both = pd.concat([method, theirs], axis=1).dropna()
     sums = both.groupby(level="unit").sum()
     sums = sums[(sums > 0).all(axis=1)]
     pair = {
@@ -124,6 +134,12 @@ def paired_seconds_per_token(method: pd.DataFrame, reference: pd.DataFrame) -> p
         "reference_s": sums["decode_s_reference"] / sums["num_tokens_reference"],
     }
     return pd.DataFrame(pair)
+
+
+def by_turn(records: pd.DataFrame) -> pd.DataFrame:
+    """Return ``num_tokens`` and ``decode_s`` averaged over repeats, indexed by (unit, turn)."""
+    frame = records[["unit", "turn", "decode_s"]].assign(num_tokens=records["num_output_tokens"] - 1)
+    return frame.groupby(["unit", "turn"])[["num_tokens", "decode_s"]].mean()
 
 
 def time_share(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, float | None]:
@@ -153,12 +169,6 @@ def lossless_counts(records: pd.DataFrame) -> dict[str, int]:
 
 
 # --- shared --------------------------------------------------------------------------------------------------------
-
-
-def _by_turn(records: pd.DataFrame) -> pd.DataFrame:
-    """Return ``num_tokens`` and ``decode_s`` averaged over repeats, indexed by (unit, turn)."""
-    frame = records[["unit", "turn", "decode_s"]].assign(num_tokens=records["num_output_tokens"] - 1)
-    return frame.groupby(["unit", "turn"])[["num_tokens", "decode_s"]].mean()
 
 
 def _pool_turns(by_turn: pd.DataFrame) -> pd.Series[float]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,15 +27,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from vsdbench.bench import metrics
-from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, Floats, Interval
+from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, Floats, Interval, log_ratios
 
 Frames: TypeAlias = tuple[pd.DataFrame, pd.DataFrame]
 """``(records, steps)`` as ``store.frames.to_frames`` gives them, of one method and mode."""
+ALPHA = 0.05
+"""A difference whose (adjusted) p-value is below this is called established: its 95 % interval leaves out 0."""
 _Statistic: TypeAlias = Callable[[Floats], tuple[Floats, Floats]]
 """Weights of prompts ``[R, P]`` to the log-ratio of each seed ``[R, S]`` and of all seeds together ``[R]``."""
 
 _MAX_ELEMENTS = 2_000_000  # weights held at once
+_MAX_KEPT = 20_000_000  # weights kept for the next comparison of as many prompts, two bytes each
 _BISECTIONS = 30  # p to 1e-9
 
 
@@ -107,14 +109,7 @@ def speedup_difference(
         ValueError: No members, or numbers of them that cannot be paired.
     """
     pairs = zip(*_sides(ours, theirs), strict=True)
-    return mean_difference([speed_log_ratios(mine[0], other[0]) for mine, other in pairs], seed, num_resamples)
-
-
-def speed_log_ratios(method: pd.DataFrame, reference: pd.DataFrame) -> pd.Series[float]:
-    """Return log(seconds a token of ``reference`` / that of ``method``) by prompt, as ``stats.log_ratios`` does."""
-    paired = metrics.paired_seconds_per_token(method, reference)
-    values = np.log(paired["reference_s"].to_numpy(np.float64) / paired["method_s"].to_numpy(np.float64))
-    return pd.Series(values, index=paired.index)
+    return mean_difference([log_ratios(mine[0], other[0]) for mine, other in pairs], seed, num_resamples)
 
 
 def mean_difference(
@@ -169,8 +164,9 @@ def _sides(ours: Sequence[Frames], theirs: Sequence[Frames]) -> tuple[Sequence[F
 
 def _counts(records: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """Return tokens emitted and steps by (unit, turn), repeats pooled; answers without a step are left out."""
-    turns = records[["unit", "turn"]].loc[steps["record"]].assign(num_emitted=steps["num_emitted"].to_numpy())
-    return turns.groupby(["unit", "turn"])["num_emitted"].agg(["sum", "size"])
+    by_record = steps.groupby("record")["num_emitted"].agg(["sum", "size"])
+    where = records.loc[by_record.index, ["unit", "turn"]]
+    return by_record.join(where).groupby(["unit", "turn"]).sum()
 
 
 def _common(tables: Any) -> Any:  # noqa: ANN401 - pandas' stubs have no one type for a level or a multi-level index
@@ -247,7 +243,7 @@ def _difference(statistic: _Statistic, num_prompts: int, *, seed: int, num_resam
     by_seed, together = (part[0] for part in statistic(np.ones((1, num_prompts))))
     ci, p_value = None, None
     if num_prompts >= 2:
-        uncertainty = _uncertainty(statistic, num_prompts, np.random.default_rng(seed), num_resamples)
+        uncertainty = _uncertainty(statistic, num_prompts, seed, num_resamples)
         low, high = uncertainty.interval(1 - CONFIDENCE)
         ci, p_value = (_percent(low), _percent(high)), uncertainty.p_value()
     return Difference(
@@ -255,13 +251,9 @@ def _difference(statistic: _Statistic, num_prompts: int, *, seed: int, num_resam
     )
 
 
-def _uncertainty(statistic: _Statistic, n: int, rng: np.random.Generator, num_resamples: int) -> _Uncertainty:
+def _uncertainty(statistic: _Statistic, n: int, seed: int, num_resamples: int) -> _Uncertainty:
     by_seed, together = (part[0] for part in statistic(np.ones((1, n))))
-    batch = max(1, _MAX_ELEMENTS // n)
-    drawn = [
-        statistic(rng.multinomial(n, np.full(n, 1 / n), size=min(batch, num_resamples - start)).astype(np.float64))
-        for start in range(0, num_resamples, batch)
-    ]
+    drawn = [statistic(weights.astype(np.float64)) for weights in _resamples(n, seed, num_resamples)]
     resamples = np.sort(np.concatenate([part[1] for part in drawn]))
     below = (np.mean(resamples < together) + np.mean(resamples <= together)) / 2
     return _Uncertainty(
@@ -273,6 +265,25 @@ def _uncertainty(statistic: _Statistic, n: int, rng: np.random.Generator, num_re
         num_prompts=n,
         num_seeds=len(by_seed),
     )
+
+
+def _resamples(n: int, seed: int, num_resamples: int) -> Iterable[NDArray[np.integer[Any]]]:
+    """Return batches ``[R, n]`` of how often each prompt was drawn; arms share them, so they are drawn once."""
+    if n * num_resamples > _MAX_KEPT or n > np.iinfo(np.uint16).max:
+        return _draw(n, seed, num_resamples)
+    return _kept(n, seed, num_resamples)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(n: int, seed: int, num_resamples: int) -> tuple[NDArray[np.uint16], ...]:
+    return tuple(weights.astype(np.uint16) for weights in _draw(n, seed, num_resamples))
+
+
+def _draw(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    batch = max(1, _MAX_ELEMENTS // n)
+    for start in range(0, num_resamples, batch):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(batch, num_resamples - start))
 
 
 def _small_sample(alpha: float, n: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +220,7 @@ def _create(  # noqa: PLR0917 - what a manifest is made of
     manifest = {
         "run_id": run_id,
         "status": "running",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": _now(),
         "run_key": key,
         "suite": suite.config.name,

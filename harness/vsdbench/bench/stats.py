@@ -7,9 +7,10 @@ the sample. Every function that draws takes a seed. What is undefined is None, n
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ Interval: TypeAlias = tuple[float, float]
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
 _MAX_ELEMENTS = 2_000_000  # resampled values held at once
+_MAX_KEPT = 20_000_000  # draws kept for the next statistic of as many units, two bytes each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,23 +74,54 @@ def bootstrap_interval(
     n = len(samples[0])
     if n < 2:
         return None
+    batches = _resamples(n, seed, num_resamples)
+    drawn = [statistic(*(sample.take(rows) for sample in samples), axis=-1) for rows in batches]
+    distribution: Any = _Distribution(np.concatenate(drawn))  # scipy's stubs want the class that it hides
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         result = stats.bootstrap(
             tuple(samples),
             statistic,
-            n_resamples=num_resamples,
+            n_resamples=0,
+            bootstrap_result=distribution,
             batch=max(1, _MAX_ELEMENTS // n),
             vectorized=True,
             paired=True,
             confidence_level=confidence,
             method="BCa" if n >= 3 else "percentile",
-            rng=np.random.default_rng(seed),
         )
     low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = _percentiles(result.bootstrap_distribution, confidence)
     return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class _Distribution:
+    """A bootstrap distribution in the form in which scipy takes one that is there already."""
+
+    bootstrap_distribution: Floats
+
+
+def _resamples(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.intp]]:
+    """Yield batches of resampled units ``[R, n]``; most statistics of a run share them, so they are drawn once."""
+    if n * num_resamples > _MAX_KEPT or n > np.iinfo(np.uint16).max:
+        yield from _draw(n, seed, num_resamples)
+    else:
+        for rows in _kept(n, seed, num_resamples):
+            yield rows.astype(np.intp)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(n: int, seed: int, num_resamples: int) -> tuple[NDArray[np.uint16], ...]:
+    return tuple(rows.astype(np.uint16) for rows in _draw(n, seed, num_resamples))
+
+
+def _draw(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    batch = max(1, _MAX_ELEMENTS // n)
+    for start in range(0, num_resamples, batch):
+        yield rng.integers(n, size=(min(batch, num_resamples - start), n))
 
 
 def mean_estimate(values: NDArray[np.floating[Any]], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate:
@@ -105,10 +138,14 @@ def log_ratios(method: pd.DataFrame, reference: pd.DataFrame) -> pd.Series[float
         method: Rows of the records frame.
         reference: Rows of the records frame, of the same mode.
     """
+    return log_ratios_of_turns(metrics.by_turn(method), metrics.by_turn(reference))
+
+
+def log_ratios_of_turns(method: pd.DataFrame, reference: pd.DataFrame) -> pd.Series[float]:
+    """Return what ``log_ratios`` does, of two frames that ``metrics.by_turn`` gave."""
     paired = metrics.paired_seconds_per_token(method, reference)
-    values: pd.Series[float] = pd.Series(
-        np.log(paired["reference_s"].to_numpy(np.float64) / paired["method_s"].to_numpy(np.float64)), index=paired.index
-    )
+    seconds = paired.to_numpy(np.float64)
+    values: pd.Series[float] = pd.Series(np.log(seconds[:, 1] / seconds[:, 0]), index=paired.index)
     return values
 
 
@@ -116,7 +153,15 @@ def speedup(
     method: pd.DataFrame, reference: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES
 ) -> Estimate:
     """Return how many times as fast ``method`` decodes a token as ``reference``: exp of the mean paired log-ratio."""
-    values = log_ratios(method, reference).to_numpy(np.float64)
+    turns = metrics.by_turn(method), metrics.by_turn(reference)
+    return speedup_of_turns(*turns, seed=seed, num_resamples=num_resamples)
+
+
+def speedup_of_turns(
+    method: pd.DataFrame, reference: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES
+) -> Estimate:
+    """Return what ``speedup`` does, of two frames that ``metrics.by_turn`` gave."""
+    values = log_ratios_of_turns(method, reference).to_numpy(np.float64)
     return mean_estimate(values, seed=seed, num_resamples=num_resamples).map(math.exp)
 
 

@@ -5,6 +5,7 @@ It is derived from records alone, so that it can be made again at any time, by a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ import pandas as pd
 
 from vsdbench.bench import checks, metrics, stats
 from vsdbench.bench.diagnostics import METRICS, misalignment
+from vsdbench.bench.paired import Frames
 from vsdbench.errors import ConfigError
 from vsdbench.store.frames import to_frames
 from vsdbench.store.records import Record
@@ -34,6 +36,10 @@ def summarise(
     prompts), which ``speedup_baseline`` names; ``speedups`` has it against each. ``controls`` are A/A comparisons of
     each baseline's first two repeats: an interval without 1 means that the clock cannot be trusted.
     ``minimum_detectable_effect`` has, for every mode, the smallest differences that the run could have shown.
+    ``domain_speedup`` is for new domains like the suite's: against the same baseline the geometric mean of the
+    categories' own means, with Student's t over categories (``domain_speedup_ci``) and a bootstrap of categories and of
+    prompts within them (``domain_speedup_bootstrap_ci``); null in the rows of single categories, and where there is
+    only one.
     ``diagnostics`` say how a drafter's preference and what was kept of its trees differ (``bench.diagnostics``), null
     where that was not recorded.
 
@@ -46,12 +52,23 @@ def summarise(
     Raises:
         ConfigError: No records, or records of several runs, targets or dtypes.
     """
-    if not records:
+    return summarise_frames(to_frames(records), manifest=manifest, seed=seed, num_resamples=num_resamples)
+
+
+def summarise_frames(
+    frames: Frames,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    num_resamples: int = stats.NUM_RESAMPLES,
+) -> Summary:
+    """Return what ``summarise`` does, of records that are frames already; those are left as they are."""
+    frame, steps = frames
+    if frame.empty:
         raise ConfigError("The run has no records yet, so there is nothing to summarise; continue it with --resume.")
-    frame, steps = to_frames(records)
     suites = sorted(frame["suite"].unique())
     if len(suites) > 1:
-        frame["category"] = frame["suite"] + "/" + frame["category"]
+        frame = frame.assign(category=frame["suite"] + "/" + frame["category"])
     summary: Summary = {
         "schema": SUMMARY_SCHEMA,
         "run_id": _only(frame, "run_id"),
@@ -119,6 +136,7 @@ def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, boot
     summary["minimum_detectable_effect"].append(context | checks.detectable(records, steps))
     timed = {name: value for name, value in throughput.items() if value is not None}
     fastest = max(timed, key=lambda name: timed[name]) if timed else None
+    turns = {name: metrics.by_turn(rows) for name, rows in baselines.items()}
     for method in records.loc[records["kind"] == "drafter", "method"].unique():
         chosen, chosen_steps = metrics.select(records, steps, method=method)
         identity = {"drafter": method, "objective": _only(chosen, "objective"), **context}
@@ -126,7 +144,10 @@ def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, boot
             part = (chosen, chosen_steps)
             if category is not None:
                 part = metrics.select(chosen, chosen_steps, category=category)
-            summary["results"].append(identity | {"category": category} | _result(*part, baselines, fastest, bootstrap))
+            row = _result(*part, turns, fastest, bootstrap)
+            if category is None:
+                row |= _domains(chosen, None if fastest is None else turns[fastest], bootstrap)
+            summary["results"].append(identity | {"category": category} | row)
 
 
 def _result(
@@ -136,8 +157,10 @@ def _result(
     fastest: object,
     bootstrap: dict[str, int],
 ) -> dict[str, Any]:
+    """Return one entry of ``results``; ``baselines`` are ``metrics.by_turn`` of each."""
     tau = stats.pooled_tau(records, steps, **bootstrap)
-    speedups = {name: _json(stats.speedup(records, rows, **bootstrap)) for name, rows in baselines.items()}
+    ours = metrics.by_turn(records)
+    speedups = {name: _json(stats.speedup_of_turns(ours, rows, **bootstrap)) for name, rows in baselines.items()}
     headline = speedups.get(fastest, {"value": None, "ci": None})
     return {
         "num_prompts": int(records["unit"].nunique()),
@@ -147,12 +170,30 @@ def _result(
         "speedup_ci": headline["ci"],
         "speedup_baseline": fastest,
         "speedups": speedups,
+        "domain_speedup": None,
+        "domain_speedup_ci": None,
+        "domain_speedup_bootstrap_ci": None,
         "tokens_per_s": metrics.tokens_per_s(records),
         "acceptance_by_depth": metrics.acceptance_by_depth(steps),
         "time_share": metrics.time_share(records, steps),
         "lossless": metrics.lossless_counts(records),
         "tau_definitions": metrics.tau_definitions(records, steps),
         "diagnostics": misalignment(records["diagnostics"]),
+    }
+
+
+def _domains(records: pd.DataFrame, baseline: pd.DataFrame | None, bootstrap: dict[str, int]) -> dict[str, Any]:
+    """Return the entries of a result that take categories for a sample of domains; none for a single category."""
+    categories = records.drop_duplicates("unit").set_index("unit")["category"]
+    if baseline is None or categories.nunique() < 2:
+        return {}
+    ratios = stats.log_ratios_of_turns(metrics.by_turn(records), baseline)
+    by_t = stats.category_interval(ratios, categories).map(math.exp)
+    resampled = stats.two_level_bootstrap(ratios, categories, **bootstrap).map(math.exp)
+    return {
+        "domain_speedup": by_t.value,
+        "domain_speedup_ci": _list(by_t.ci),
+        "domain_speedup_bootstrap_ci": _list(resampled.ci),
     }
 
 

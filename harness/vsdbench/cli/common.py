@@ -18,6 +18,8 @@ from vsdbench.errors import VsdbenchError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vsdbench.bench.summary import Summary
+
 app = typer.Typer(
     name="vsdbench",
     no_args_is_help=True,
@@ -41,6 +43,9 @@ Diagnostics = Annotated[
     bool, typer.Option("--diagnostics", help="Also where drafters and decoding part: pruned paths, calibration.")
 ]
 Results = Annotated[Path | None, typer.Option(help="Folder of runs (default: results/ or $VSDBENCH_RESULTS).")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Exit with 1 where the A/A control says that the machine was too noisy.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings. Off by default.")
 ]
@@ -81,6 +86,16 @@ def notes(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def warn_of_noise(summary: Summary, console: Console) -> None:
+    """Print a warning for every A/A control of a run that does not hold 1."""
+    from rich.text import Text
+
+    from vsdbench.bench.checks import noise
+
+    for sentence in noise(summary):
+        console.print(Text(f"warning: {sentence}", style="yellow"), soft_wrap=True)
 
 
 def print_json(data: object) -> None:

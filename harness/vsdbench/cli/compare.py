@@ -6,16 +6,35 @@ from typing import Annotated
 
 import typer
 
-from vsdbench.cli.common import Json, Quiet, Results, app, notes, print_json, verb
+from vsdbench.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Quiet,
+    Results,
+    TargetName,
+    app,
+    notes,
+    print_json,
+    verb,
+)
 
 
 @app.command()
 @verb
 def compare(  # noqa: PLR0917 - a command's options
     a: Annotated[
-        str, typer.Argument(metavar="A", help="The reference: RUN or RUN:METHOD (id, beginning, latest, path).")
+        str,
+        typer.Argument(
+            metavar="A",
+            help="The reference: RUN or RUN:METHOD (id, beginning, latest, path); with --suite a drafter of it, a "
+            "folder of weights (or TYPE:PATH), or a recipe.",
+        ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is held against it: RUN or RUN:METHOD.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is held against it, likewise.")],
+    suite: Annotated[
+        str | None, typer.Option(help="Decode both on this suite first, in one run, and compare them in it.")
+    ] = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,16 +50,20 @@ def compare(  # noqa: PLR0917 - a command's options
         ),
     ] = "interval",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    target: TargetName = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts to take, stratified by category.")] = None,
     results: Results = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two runs, or two methods of one run, prompt by prompt: what changed from A to B, and how sure that is.
+    """Compare two runs, drafters or checkpoints prompt by prompt: what changed from A to B, and how sure that is.
 
     Two runs: methods of the same name are paired, or the two named. Methods ARM@SEED are the training seeds of ARM;
-    [bold]RUN:ARM[/bold] takes all of them, and the interval covers training again. To compare checkpoints or recipes,
-    decode both in one run first: [bold]vsdbench run SUITE drafters.NAME.checkpoint=PATH[/bold] (or .recipe=NAME), then
-    [bold]vsdbench compare latest:ONE latest:OTHER[/bold].
+    [bold]RUN:ARM[/bold] takes all of them, and the interval covers training again. Checkpoints and recipes are decoded
+    first: [bold]vsdbench compare old/ new/ --suite quickstart[/bold]; --target, --device, --dtype and --limit are for
+    that alone.
     """
     from rich.console import Console
     from rich.text import Text
@@ -52,10 +75,18 @@ def compare(  # noqa: PLR0917 - a command's options
     from vsdbench.report.comparison import print_comparison
 
     gates, on = [parse_gate(text) for text in gate or []], parse_gate_on(gate_on)
-    folder = results_dir(results)
-    comparison = compare_sides(load_side(a, folder), load_side(b, folder), seed=seed)
-    comparison["gates"] = judge(comparison["rows"], gates, on)
     console = notes(quiet=quiet)
+    if suite is None:
+        folder = results_dir(results)
+        sides = [load_side(spec, folder) for spec in (a, b)]
+    else:
+        from vsdbench.bench.run import RunOptions
+        from vsdbench.bench.versus import decode_both
+
+        options = RunOptions(target=target, device=device, dtype=dtype, limit=limit, results=results, resume=True)
+        sides = decode_both((a, b), suite, options, console)
+    comparison = compare_sides(*sides, seed=seed)
+    comparison["gates"] = judge(comparison["rows"], gates, on)
     for sentence in comparison["warnings"]:
         console.print(Text(f"warning: {sentence}", style="yellow"), soft_wrap=True)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vsdbench.cli.common import Device, Diagnostics, Json, Quiet, Results, app, notes, print_json, verb
+from vsdbench.cli.common import Device, Diagnostics, Json, Quiet, Results, app, notes, print_json, verb, warn_of_noise
 
 
 @app.command("list")
@@ -80,6 +80,7 @@ def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
         print_json(summary)
     else:
         print_summary(summary, Console(), diagnostics=diagnostics)
+        warn_of_noise(summary, notes(quiet=False))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from vsdbench.cli.common import (
     Quiet,
     Results,
     Seed,
+    Strict,
     TargetName,
     TrustRemoteCode,
     app,
@@ -24,6 +25,7 @@ from vsdbench.cli.common import (
     required,
     split_items,
     verb,
+    warn_of_noise,
 )
 
 if TYPE_CHECKING:
@@ -50,9 +52,7 @@ def run(  # noqa: PLR0917 - a command's options
     results: Results = None,
     categories: Annotated[bool, typer.Option("--categories", help="Table rows for every category too.")] = False,
     diagnostics: Diagnostics = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 where the A/A control says that the machine was too noisy.")
-    ] = False,
+    strict: Strict = False,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -63,9 +63,9 @@ def run(  # noqa: PLR0917 - a command's options
     What is missing is made first: the target is fetched, drafters are trained. Example:
     [bold]vsdbench run suites/quickstart.yaml --limit 4 repeats=3[/bold]
     """
-    from vsdbench.bench.checks import noise
+    from vsdbench.bench.checks import enforce
     from vsdbench.bench.run import RunOptions
-    from vsdbench.errors import ConfigError, GateError
+    from vsdbench.errors import ConfigError
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("vsdbench run measures with one process; start it without torchrun, which is for train.")
@@ -84,29 +84,20 @@ def run(  # noqa: PLR0917 - a command's options
         trust_remote_code=trust_remote_code,
     )
     console = notes(quiet=quiet)
-    violations, noisy = 0, list[str]()
+    summaries: list[Summary] = []
     for name in required(names, "suite", "vsdbench run suites/quickstart.yaml"):
         if dry_run:
             _print_estimate(name, options, console, as_json=as_json)
         else:
-            summary = _run_one(name, options, console, as_json=as_json, categories=categories, diagnostics=diagnostics)
-            violations += sum(row["lossless"]["violations"] for row in summary["results"] if row["category"] is None)
-            noisy += noise(summary)
-    if violations:
-        raise GateError(
-            f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
-            "not lossless; see the divergences in records.jsonl, and repeat with --dtype fp32."
-        )
-    if strict and noisy:
-        raise GateError(f"{noisy[0]} (The records are kept.)")
+            tables = {"categories": categories, "diagnostics": diagnostics}
+            summaries.append(_run_one(name, options, console, as_json=as_json, **tables))
+    enforce(summaries, strict=strict)
 
 
 def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, **tables: bool) -> Summary:
     """Run a suite, print what it gave and what that can show, and return its summary."""
     from rich.console import Console
-    from rich.text import Text
 
-    from vsdbench.bench.checks import detectable_line, noise
     from vsdbench.bench.run import run_suite
     from vsdbench.report.figures import write_figures
     from vsdbench.report.tables import print_summary
@@ -117,10 +108,7 @@ def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool,
         print_json(summary)
     else:
         print_summary(summary, Console(), **tables)
-        if line := detectable_line(summary):
-            Console().print(Text(line, style="dim"))
-    for sentence in noise(summary):
-        console.print(Text(f"warning: {sentence}", style="yellow"), soft_wrap=True)
+    warn_of_noise(summary, console)
     console.print(f"records and {len(figures)} figures: {folder}", soft_wrap=True, markup=False)
     return summary
 

@@ -361,17 +361,22 @@ def reproduction(runs: Sequence[Run], files: str) -> Section:
         runs: All of them.
         files: Folder of tables and figures, as the text names it.
     """
-    lines = ["pip install -c constraints.txt ."]
-    for run in runs:
-        where = f"results/{run.folder.name}"
-        repeat = f"vsdbench run {where}/config.yaml"
-        if run.analysis is not None:
-            repeat = f"vsdbench ablate {run.manifest['ablation'].get('recipe') or ''}".rstrip()
-        lines.append(repeat)
-    lines.append(f"vsdbench report {' '.join(run.folder.name for run in runs)}")
+    report = f"vsdbench report {' '.join(run.folder.name for run in runs)}"
+    lines = ["pip install -c constraints.txt .", *map(_command, runs), report]
     text = (
         "Everything in this report is derived from the records of the "
         f"run{'s' if len(runs) > 1 else ''} alone; the same records give the same file, byte for byte. The tables as "
         f"CSV, Markdown and LaTeX and the figures as SVG and PDF lie beside it, in {named(files)}."
     )
     return Section("Reproduction", (text, Commands(tuple(lines))))
+
+
+def _command(run: Run) -> str:
+    """Return the command that made a run: as its manifest has it, or what comes nearest where it has none."""
+    command = str(run.manifest.get("command", ""))
+    where = f"results/{run.folder.name}"
+    if command.startswith("vsdbench "):
+        return command
+    if run.analysis is not None:
+        return f"vsdbench ablate {run.manifest['ablation']['recipe']}  # and the changes in {where}/ablation.yaml"
+    return f"vsdbench run {where}/config.yaml"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vsdbench.bench.checks import CONTROL_CONFIDENCE, POWER, detectable_effects
 from vsdbench.report import plots
 from vsdbench.report.about import RECONSTRUCTED, objectives
-from vsdbench.report.facts import Run, detectable_pct, gaps, merged, plotted
+from vsdbench.report.facts import Run, gaps, merged, plotted
 from vsdbench.report.model import (
     Block,
     Bullets,
@@ -194,19 +195,14 @@ def _of_run(run: Run) -> list[str]:
 
 def _sample(run: Run) -> str:
     n = run.summary["num_prompts"]
-    effects = {
-        mode: effect
-        for (mode, measure), leader in run.leaders.items()
-        if measure == "speedup" and (effect := detectable_pct(run, leader, mode)) is not None
-    }
+    effects = detectable_effects(run.summary)
     few = f" Fewer than {_FEW_PROMPTS} prompts make a bootstrap interval itself uncertain." if n < _FEW_PROMPTS else ""
     if not effects:
         return f"**Sample.** {n} prompts.{few}"
-    said = listed([f"{fixed(effect, 1)} % at T = {mode[1]:g}" for mode, effect in effects.items()])
+    between = run.summary["minimum_detectable_effect"][0]["between"]
     return (
-        f"**Sample.** {n} prompts. Between the two fastest drafters a difference of speed of {said} is the "
-        "smallest that "
-        f"such a run would find four times in five; smaller ones may be there.{few}"
+        f"**Sample.** {n} prompts. The smallest difference between {between} that they show with {100 * POWER:g} % "
+        f"power is {listed(effects)}; smaller ones may be there.{few}"
     )
 
 
@@ -238,7 +234,10 @@ def _control_words(run: Run) -> str:
             "1: the "
             "machine was too noisy for speeds to be trusted."
         )
-    return "Each baseline measured against itself gives 1 within its interval, so the clock can be trusted."
+    return (
+        "Each baseline's first repeat against its second gives 1 within its interval (Student's t, "
+        f"{100 * CONTROL_CONFIDENCE:g} % for all of them together), so the clock can be trusted."
+    )
 
 
 def _seeds(run: Run) -> str:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vsdbench.bench.paired import ALPHA
+
 _MISSING = "\N{EN DASH}"
-_SIGNIFICANT = 0.05
 
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
@@ -46,7 +47,7 @@ def definitions(comparison: Mapping[str, Any]) -> str:
     return (
         f"Changes are of B relative to A. τ: tokens emitted a verification step, pooled. {speed} Intervals: "
         f"{100 * comparison['confidence']:g} % over prompts{seeds}{one}. p: against no change, Holm-adjusted over the "
-        f"{len(rows)} row{'s' if len(rows) != 1 else ''}; bold below {_SIGNIFICANT:g}."
+        f"{len(rows)} row{'s' if len(rows) != 1 else ''}; bold below {ALPHA:g}."
     )
 
 
@@ -84,6 +85,6 @@ def _change(row: Mapping[str, Any], metric: str) -> list[Text]:
     if change is None:
         return [Text(_MISSING), Text(_MISSING)]
     interval = "" if ci is None else f"\n{ci[0]:+.1f} to {ci[1]:+.1f}"
-    style = "bold" if p_value is not None and p_value < _SIGNIFICANT else ""
+    style = "bold" if p_value is not None and p_value < ALPHA else ""
     told = _MISSING if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
     return [Text(f"{change:+.1f} %{interval}", style=style), Text(told, style=style)]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vsdbench.ablation.grid import describe_change
-from vsdbench.bench.paired import Difference, mean_difference, speed_log_ratios, tau_difference
+from vsdbench.bench.paired import ALPHA, Difference, mean_difference, tau_difference
+from vsdbench.bench.stats import log_ratios
 from vsdbench.report.facts import Mode, Run, same_prompts
 from vsdbench.report.figures import mode_label
 from vsdbench.report.model import (
@@ -24,10 +25,7 @@ from vsdbench.report.model import (
     named,
     words,
 )  # fmt: skip
-from vsdbench.report.plots import Effect, forest_figure
-
-ALPHA = 0.05
-
+from vsdbench.report.plots import Effect, arm_panels, forest_figure
 
 # --- ablation ------------------------------------------------------------------------------------------------------
 
@@ -146,27 +144,14 @@ def p_cell(p: float | None) -> Cell:
 
 
 def _forest(mode: Mapping[str, Any], reference: str, suffix: str, index: int) -> Picture | None:
-    panels = {
-        label: [
-            Effect(
-                name=arm["name"],
-                value=arm[f"delta_{measure}_pct"],
-                interval=arm.get(f"delta_{measure}_ci"),
-                certain=_certain(arm.get(f"p_{measure}_holm")),
-            )
-            for arm in mode["arms"]
-            if arm["name"] != reference and arm.get(f"delta_{measure}_pct") is not None
-        ]
-        for label, measure in (("τ", "tau"), ("speed", "speedup"))
-    }
-    panels = {label: effects for label, effects in panels.items() if effects}
+    panels = arm_panels(mode, reference)
     if not panels:
         return None
     return Picture(
         name=f"forest{suffix}" + (f"-{index + 1}" if index else ""),
         title=f"Arms against the reference, {mode_label(mode['mode'], mode['temperature'])}",
         note="Changes with paired 95 % intervals over training seeds and prompts; filled where the Holm-adjusted p is "
-        "below 0.05.",
+        "below 0.05; squares are controls.",
         alt="Forest plot: a row an arm, its change of accepted length and of speed with intervals around zero.",
         figure=forest_figure(panels),
     )
@@ -246,8 +231,7 @@ def _differences(first: Run, run: Run, mode: Mode, name: str) -> tuple[Differenc
     if None in baselines or baselines[0] != baselines[1]:
         return tau, None
     before, after = (
-        speed_log_ratios(which.of(mode, method=name)[0], which.of(mode, method=baselines[0])[0])
-        for which in (first, run)
+        log_ratios(which.of(mode, method=name)[0], which.of(mode, method=baselines[0])[0]) for which in (first, run)
     )
     return tau, mean_difference([(after - before).dropna()])
 

@@ -11,13 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
-from vsdbench.bench import metrics, stats
+from vsdbench.bench import metrics
 from vsdbench.bench.paired import Difference, Frames, speedup_difference, tau_difference
-from vsdbench.bench.summary import Summary, summarise
+from vsdbench.bench.summary import Summary, summarise_frames
 from vsdbench.store.frames import to_frames
 from vsdbench.store.store import CONFIG, RECORDS, load_manifest, load_records
 
@@ -128,9 +127,8 @@ class Run:
         """Whether each baseline's A/A interval holds 1 in every mode; baselines without a control are left out."""
         held: dict[str, bool] = {}
         for control in self.summary["controls"]:
-            if control["ci"] is not None:
-                low, high = control["ci"]
-                held[control["name"]] = held.get(control["name"], True) and low <= 1 <= high
+            if control["holds"] is not None:
+                held[control["name"]] = held.get(control["name"], True) and control["holds"]
         return held
 
     @cached_property
@@ -176,22 +174,22 @@ def load_run(folder: Path, label: str = "") -> Run:
         ConfigError: The folder holds no run, or its records cannot be read or are none.
     """
     manifest = load_manifest(folder)
-    records = load_records(folder)
+    frames = to_frames(load_records(folder))
     if "ablation" in manifest:  # dozens of drafters, whose categories nobody reads and whose intervals take long
-        records = [record.model_copy(update={"category": record.suite}) for record in records]
+        frames = frames[0].assign(category=frames[0]["suite"]), frames[1]
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else None
     analysis = None
     if "ablation" in manifest:
-        from vsdbench.ablation.analysis import analyse  # noqa: PLC0415 - most reports need no ablation
+        from vsdbench.ablation.analysis import analyse_frames  # noqa: PLC0415 - most reports need no ablation
 
-        analysis = analyse(records, manifest)
+        analysis = analyse_frames(frames, manifest)
     return Run(
         folder=folder,
         label=label,
         manifest=manifest,
         config=config or {},
-        summary=ordered(summarise(records, manifest=manifest), manifest),
-        frames=to_frames(records),
+        summary=ordered(summarise_frames(frames, manifest=manifest), manifest),
+        frames=frames,
         analysis=analysis,
         digest=hashlib.sha256((folder / RECORDS).read_bytes()).hexdigest(),
     )
@@ -213,13 +211,6 @@ def gaps(records: pd.DataFrame) -> list[float]:
     """Return the logit gaps of near-ties, sorted."""
     found = records.loc[records["lossless"] == "near_tie", "divergence_gap"].dropna().abs()
     return sorted(float(gap) for gap in found)
-
-
-def detectable_pct(run: Run, leader: Leader, mode: Mode) -> float | None:
-    """Return the smallest difference of speed, per cent, that such a run finds four times in five."""
-    ratios = stats.log_ratios(run.of(mode, method=leader.best)[0], run.of(mode, method=leader.second)[0])
-    effect = stats.minimum_detectable_effect(np.asarray(ratios, dtype=np.float64))
-    return None if effect is None else 100 * math.expm1(effect)
 
 
 def merged(runs: Sequence[Run]) -> Summary:
@@ -299,6 +290,7 @@ def _arm(run: Run, mode: Mode, name: str, rows: list[Row], arm: Mapping[str, Any
     return rows[0] | {
         "drafter": name,
         "tau": metrics.tau(steps),
+        "tau_definitions": metrics.tau_definitions(records, steps),
         "tau_ci": arm["tau_ci"] if arm else rows[0]["tau_ci"],
         "speedup": None if None in speeds else math.exp(sum(map(math.log, speeds)) / len(speeds)),
         "speedup_ci": None,

@@ -39,7 +39,7 @@ def default_name(runs: Sequence[Path]) -> str:
 def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None) -> list[Path]:
     """Write ``output`` and, in a folder beside it that has its name, what it is made of; return all paths, PDF first.
 
-    The folder has ``tables/`` (CSV with unrounded numbers, Markdown, LaTeX), ``figures/`` (SVG, PDF) and the source
+    The folder has ``tables/`` (CSV with ten digits, Markdown, LaTeX), ``figures/`` (SVG, PDF) and the source
     (``report.typ``, ``paper.typ``), which ``typst compile`` sets again.
 
     Args:

@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vsdbench.bench.paired import ALPHA
 from vsdbench.bench.summary import Summary
-from vsdbench.report.figures import COLUMN, empty, legend, looks, mode_label, styled
+from vsdbench.report.figures import COLUMN, OKABE_ITO, Layout, empty, legend, looks, mode_label, styled
 
 _INTERVAL: dict[str, Any] = {"elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": 3}
 _PARTS = (("draft", "#0072B2", ""), ("verify", "#BBBBBB", ""), ("other", "#000000", ""))
@@ -27,8 +28,9 @@ class Effect:
 
     name: str
     value: float
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     certain: bool
+    control: bool = False
 
 
 def step_cost(row: Mapping[str, Any], baseline_tokens_per_s: float) -> float | None:
@@ -140,27 +142,67 @@ def time_figure(summary: Summary) -> Figure:
     return figure
 
 
-def forest_figure(panels: Mapping[str, Sequence[Effect]]) -> Figure:
-    """Return changes in per cent with intervals around 0, a panel a measure, a row an arm (the same in every panel)."""
-    names = list(dict.fromkeys(effect.name for effects in panels.values() for effect in effects))
-    with styled(COLUMN):
-        figure = empty(COLUMN.width_in, [], COLUMN)
-        figure.set_figheight(0.65 + 0.19 * len(names))
+def forest_figure(panels: Mapping[str, Sequence[Effect]], *, layout: Layout = COLUMN, title: str = "") -> Figure:
+    """Return changes in per cent with intervals around 0, a panel a measure, a row an arm (the same in every panel).
+
+    Filled marks are certain; controls are squares and stand apart, below.
+
+    Args:
+        panels: Measure to its effects.
+        layout: The size.
+        title: Above all panels.
+    """
+    controls = {effect.name: effect.control for effects in panels.values() for effect in effects}
+    places = _places(controls)
+    lowest = max(places.values())
+    with styled(layout):
+        figure = empty(layout.width_in, [], layout)
+        figure.set_figheight(layout.letter_in * (12.5 + 3.65 * (lowest + 1)))
         drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (measure, effects) in zip(drawn, panels.items(), strict=True):
             axes.axvline(0, color="0.35", linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
             for effect in effects:
-                colour = "#0072B2" if effect.value >= 0 else "#D55E00"
+                colour = OKABE_ITO[7] if effect.control else OKABE_ITO[0]
                 axes.errorbar(
-                    effect.value, names.index(effect.name), xerr=_arms(effect.value, effect.interval), fmt="o",
-                    color=colour, markersize=4.2, markerfacecolor=colour if effect.certain else "white",
-                    markeredgecolor=colour, markeredgewidth=0.9, **_INTERVAL,
+                    effect.value, places[effect.name], xerr=_arms(effect.value, effect.interval),
+                    fmt="s" if effect.control else "o", color=colour, markersize=80 * layout.letter_in,
+                    markerfacecolor=colour if effect.certain else "white", markeredgecolor=colour, markeredgewidth=0.9,
+                    **_INTERVAL,
                 )  # fmt: skip
-            axes.set(xlabel=f"change of {measure}, %", ylim=(len(names) - 0.4, -0.6))
-            axes.set_yticks(range(len(names)), names)
+            axes.set(xlabel=f"change of {measure}, %", ylim=(lowest + 0.6, -0.6))
+            axes.set_yticks(list(places.values()), list(places))
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="y", color="0.93", linewidth=0.5)
+        if title:
+            figure.suptitle(title, fontsize="medium")
     return figure
+
+
+def arm_panels(entry: Mapping[str, Any], reference: str) -> dict[str, list[Effect]]:
+    """Return the panels of an ablation's forest plot: every arm's change of tau and of speed from the reference.
+
+    Args:
+        entry: One of the ``modes`` that ``ablation.analysis.analyse`` gives.
+        reference: Name of the reference arm, which is left out.
+
+    Returns:
+        Measures for which any arm has a change, those that have one.
+    """
+    panels = {
+        label: [
+            Effect(
+                name=arm["name"],
+                value=arm[f"delta_{measure}_pct"],
+                interval=arm[f"delta_{measure}_ci"],
+                certain=arm[f"p_{measure}_holm"] is not None and arm[f"p_{measure}_holm"] < ALPHA,
+                control=arm["control"],
+            )
+            for arm in entry["arms"]
+            if arm["name"] != reference and arm[f"delta_{measure}_pct"] is not None
+        ]
+        for label, measure in (("τ", "tau"), ("speed", "speedup"))
+    }
+    return {label: effects for label, effects in panels.items() if effects}
 
 
 def calibration_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]], summary: Summary) -> Figure:
@@ -196,6 +238,17 @@ def _cost(summary: Summary, row: Mapping[str, Any]) -> float | None:
 def _arms(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
     """Return the two lengths of an error bar."""
     return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+
+
+def _places(controls: Mapping[str, bool]) -> dict[str, float]:
+    """Return the height of each row of a forest plot, from the top, with a gap where controls begin."""
+    places: dict[str, float] = {}
+    gap, before = 0.0, False
+    for index, (name, control) in enumerate(controls.items()):
+        gap += 0.6 if index and control and not before else 0.0
+        places[name] = index + gap
+        before = control
+    return places
 
 
 def _frontier(axes: Axes, points: Sequence[tuple[float, float]]) -> None:

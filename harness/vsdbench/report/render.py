@@ -27,7 +27,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {}
 
 
 def to_csv(table: Table) -> str:
-    """Return the table with unrounded numbers; a column of intervals is followed by ``low`` and ``high`` columns."""
+    """Return the table with numbers of ten digits; ``low`` and ``high`` columns follow one of intervals."""
     with_interval = [any(row[index].interval for row in table.rows) for index in range(len(table.columns))]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -42,10 +42,15 @@ def to_csv(table: Table) -> str:
 
 
 def _csv(cell: Cell, has_interval: bool) -> list[str]:
-    value = cell.text if cell.number is None else repr(cell.number)
+    value = cell.text if cell.number is None else _digits(cell.number)
     if not has_interval:
         return [value]
-    return [value, *(("", "") if cell.interval is None else map(repr, cell.interval))]
+    return [value, *(("", "") if cell.interval is None else map(_digits, cell.interval))]
+
+
+def _digits(value: float) -> str:
+    """Return a number with ten digits: the last of sixteen depend on the processor, and no result does."""
+    return str(value) if isinstance(value, int) else f"{value:.10g}"
 
 
 def to_markdown(table: Table) -> str:

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from vsdbench.bench.checks import CONTROL_CONFIDENCE, detectable_line
 from vsdbench.bench.summary import Summary, summary_frame
 
 MISSING = "\N{EN DASH}"
@@ -124,7 +125,8 @@ def definitions(summary: Summary) -> str:
         "Speedup: decode time a token, paired by prompt, geometric mean; bold against the faster baseline. "
         f"Intervals: {level} BCa over prompts. "
         "Lossless: answers equal to the baseline's · near tie · violation. "
-        "A/A: a baseline's first repeat against its second."
+        "A/A: a baseline's first repeat against its second; Student's t intervals that together hold 1 in "
+        f"{100 * CONTROL_CONFIDENCE:g} % of quiet runs."
     )
 
 
@@ -149,7 +151,9 @@ def print_diagnostics(summary: Summary, console: Console) -> None:
 
 
 def print_summary(summary: Summary, console: Console, *, categories: bool = False, diagnostics: bool = False) -> None:
-    """Print the baselines, one row a drafter x mode, and the definitions; fits 80 columns and uses more if there are.
+    """Print the baselines, one row a drafter x mode, the definitions, and what differences the run could have shown.
+
+    It fits 80 columns and uses more if there are.
 
     Args:
         summary: As ``summarise`` gives it.
@@ -170,8 +174,15 @@ def print_summary(summary: Summary, console: Console, *, categories: bool = Fals
     else:
         console.print(Text("No drafter was measured in this run."))
     console.print(Text(definitions(summary), style="dim"))
+    print_detectable(summary, console)
     if diagnostics:
         print_diagnostics(summary, console)
+
+
+def print_detectable(summary: Summary, console: Console) -> None:
+    """Print the smallest difference that the run could have shown, where its records tell."""
+    if line := detectable_line(summary):
+        console.print(Text(line, style="dim"))
 
 
 def to_markdown(summary: Summary, *, categories: bool = True) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vsdbench.store.records import STEP_COLUMNS, Divergence, Record, Tree
 
-_NESTED = {"steps": True, "tree": True, "divergence": True, "diagnostics": True}
+_NESTED = {"steps", "tree", "divergence", "diagnostics"}
 _INTEGERS = {"num_nodes", "depth", "num_accepted", "num_emitted"}
 
 
@@ -21,7 +23,7 @@ def to_frames(records: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame]:
     or None). ``steps`` has one row a verification step: ``record`` (the row of its record), ``step`` (0-based) and the
     columns of ``Steps``.
     """
-    frame = pd.DataFrame([_row(record) for record in records], columns=_columns())
+    frame = pd.DataFrame(_columns(records))
     frame.index.name = "record"
     lengths = np.array([len(record.steps) for record in records], dtype=np.int64)
     data: dict[str, np.ndarray] = {
@@ -29,24 +31,21 @@ def to_frames(records: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame]:
         "step": np.concatenate([np.arange(n, dtype=np.int64) for n in lengths] or [np.empty(0, dtype=np.int64)]),
     }
     for name in STEP_COLUMNS:
-        values = [value for record in records for value in getattr(record.steps, name)]
-        data[name] = np.array(values, dtype=np.int64 if name in _INTEGERS else np.float64)
+        values = itertools.chain.from_iterable([getattr(record.steps, name) for record in records])
+        data[name] = np.fromiter(values, np.int64 if name in _INTEGERS else np.float64, count=int(lengths.sum()))
     return frame, pd.DataFrame(data)
 
 
-def _row(record: Record) -> dict[str, object]:
-    row: dict[str, object] = {"unit": f"{record.suite}/{record.prompt_id}"}
-    row |= record.model_dump(exclude=_NESTED, by_alias=False)
-    for prefix, part, model in (("tree", record.tree, Tree), ("divergence", record.divergence, Divergence)):
-        row |= {f"{prefix}_{name}": getattr(part, name) if part else None for name in model.model_fields}
-    return row | {"num_steps": len(record.steps), "diagnostics": record.diagnostics}
-
-
-def _columns() -> list[str]:
-    scalars = [name for name in Record.model_fields if name not in _NESTED]
-    nested = [
-        f"{prefix}_{name}"
-        for prefix, model in (("tree", Tree), ("divergence", Divergence))
-        for name in model.model_fields
-    ]
-    return ["unit", *scalars, *nested, "num_steps", "diagnostics"]
+def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Return the columns of the records frame, in order."""
+    columns: dict[str, list[Any]] = {"unit": [f"{record.suite}/{record.prompt_id}" for record in records]}
+    for name in Record.model_fields:
+        if name not in _NESTED:
+            columns[name] = [getattr(record, name) for record in records]
+    for prefix, model in (("tree", Tree), ("divergence", Divergence)):
+        parts = [getattr(record, prefix) for record in records]
+        for name in model.model_fields:
+            columns[f"{prefix}_{name}"] = [getattr(part, name) if part else None for part in parts]
+    columns["num_steps"] = [len(record.steps) for record in records]
+    columns["diagnostics"] = [record.diagnostics for record in records]
+    return columns
