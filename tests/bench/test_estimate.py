@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from vsdbench import registry
 from vsdbench.bench import estimate as module
 from vsdbench.bench.run import RunOptions
-from vsdbench.errors import ConfigError
+from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models.target import Target
 from vsdbench.suites.prompts import make_prompt
 from vsdbench.suites.schema import DrafterEntry
@@ -151,3 +151,10 @@ def test_the_table_has_a_line_a_step(config, timings, trainers, capsys):
     assert [line[:2] for line in lines if line[:1] == ["decode"]] == [
         ["decode", name] for name in ("autoregressive", "hf-generate", "new", "done")
     ]
+
+
+def test_a_target_that_is_not_built_is_not_built_for_an_estimate(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    config.target = "smolvision"
+    with pytest.raises(EnvironmentProblemError, match=r"'smolvision' is not built.*vsdbench models build smolvision"):
+        module.estimate("toy", RunOptions(), QUIET)

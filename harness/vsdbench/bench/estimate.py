@@ -23,6 +23,7 @@ from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.models.device import synchronize
 from vsdbench.models.image_prompt import num_image_tokens
+from vsdbench.models.source import check_is_built
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,11 +53,15 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
     Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds,
     cached, bytes of the cache),
     ``seconds`` in all, ``memory_bytes``, ``memory_available_bytes``, ``assumed``.
+
+    Raises:
+        EnvironmentProblemError: The target would have to be built first.
     """
     suite = open_suite(name, options, console)
     config = suite.config
     for entry in config.drafters:
         registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error here as it would be in the run
+    check_is_built(config.target)
     target = load_target(config.target, options, console)
     turns = sum(len(prompt.turns) for prompt in suite.prompts)
     decodes = turns * len(config.modes) * config.repeats
