@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from vsdbench.cli import app
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models import source
+from vsdbench.models.target import Target
 from vsdbench.models.wheels import WheelFile
 from vsdbench.pictures import build as building
 from vsdbench.pictures import scoring, settings
@@ -68,13 +69,20 @@ def test_a_build_is_an_ordinary_model_that_says_how_it_was_made(cache, language_
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     assert type(model) is LlavaForConditionalGeneration
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    content = [{"type": "image", "image": Scene(0, "suite").image()}, {"type": "text", "text": "Read the sign."}]
+    image = Scene(0, "suite").image()
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Read the sign."}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 81
-    assert model(**inputs).logits.isfinite().all()
+    with torch.inference_mode():
+        own = model(**inputs).logits[0, -1]
+
+    target = Target.load(folder, name="seeing", fingerprint="0", device=torch.device("cpu"), dtype=torch.float32)
+    prompt = target.encode_chat([{"role": "user", "content": "Read the sign.", "images": [image]}])
+    assert list(prompt) == inputs["input_ids"][0].tolist()
+    torch.testing.assert_close(target.prefill(prompt, 256).next_logits, own, atol=1e-5, rtol=1e-4)
 
 
 def test_a_build_that_was_stopped_goes_on(cache, language_model, monkeypatch) -> None:

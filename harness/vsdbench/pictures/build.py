@@ -82,7 +82,7 @@ def _build(name: str, settings: BuildSettings, language_model: Path, work: Path,
     """Make the finished model in ``work / "model"``."""
     dtype = choose_dtype("auto", torch.device("cpu"))
     console.print(
-        f"building {name}: about {settings.minutes} minutes on two CPU cores with fast bf16 (here: "
+        f"building {name}: about {settings.minutes} minutes on two free CPU cores with fast bf16 (here: "
         f"{torch.get_num_threads()} threads, {'bf16' if dtype == torch.bfloat16 else 'fp32, which takes longer'}); "
         "if it is stopped, the same command goes on from there",
         soft_wrap=True,

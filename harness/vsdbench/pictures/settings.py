@@ -64,7 +64,7 @@ class BuildSettings:
         answering: Second stage: the tower through the language model.
         num_scored: Held-out scenes that it is examined on.
         seed: Of the first weights.
-        minutes: What it takes on two CPU cores with bf16, for the estimate.
+        minutes: What it should take on two free CPU cores with fast bf16.
         lessons: Raised whenever the scenes or what is taught about them change.
     """
 
@@ -110,7 +110,7 @@ BUILT_MODELS: dict[str, BuildSettings] = {
         tower=TowerShape(),
         naming=StageSettings(num_steps=1400, batch_size=16, learning_rate=1.5e-3),
         answering=StageSettings(num_steps=320, batch_size=2, learning_rate=3e-4, language_learning_rate=3e-4),
-        minutes=12,
+        minutes=15,
     ),
 }
 
