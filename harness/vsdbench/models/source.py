@@ -104,8 +104,8 @@ def check_is_built(name: str) -> None:
     """
     if name in BUILT_MODELS and not (built_folder(name) / METADATA).is_file():
         raise EnvironmentProblemError(
-            f"the target '{name}' is not built yet, and an estimate measures with it: build it by 'vsdbench models build "
-            f"{name}' (about {BUILT_MODELS[name].minutes} minutes on two cores), which a run would do too."
+            f"the target '{name}' is not built yet, and an estimate measures with it: build it by 'vsdbench models "
+            f"build {name}' (about {BUILT_MODELS[name].minutes} minutes on two cores), which a run would do too."
         )
 
 
