@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.models.branching import Branches
+from vsdbench_drafters.largest import largest
 
 if TYPE_CHECKING:
     from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel
 
 _SCORE_ROWS = 256  # contexts whose whole-vocabulary logits are alive at a time, in the head's dtype
-_BEST_WIDTH = 256  # neighbours whose highest logit is found by one vectorised reduction
 _SOFTMAX_ROWS = 16  # of them, as float32: what stays in a CPU's cache
 _SUM_ELEMENTS = 1 << 17  # running sums in float64, likewise
 
@@ -344,31 +344,12 @@ def target_probs(states: Tensor, head: Tensor, draft_ids: Tensor) -> tuple[Tenso
     with torch.autocast(states.device.type, enabled=False):
         for first in range(0, len(states), _SCORE_ROWS):
             logits = states[first : first + _SCORE_ROWS].to(head.dtype) @ head.T
-            choices[first : first + len(logits)] = first_best(logits)
+            choices[first : first + len(logits)] = largest(logits)[1]
             for start in range(0, len(logits), _SOFTMAX_ROWS):
                 some = logits[start : start + _SOFTMAX_ROWS].to(wide)
                 found = torch.softmax(some, dim=-1, out=whole[: len(some)])
                 torch.index_select(found, 1, draft_ids, out=probs[first + start : first + start + len(some)])
     return probs, choices
-
-
-def first_best(logits: Tensor) -> Tensor:
-    """Return ``[n]`` int64: what ``argmax`` does of ``[n, V]``, which on a CPU compares one element at a time.
-
-    >>> first_best(torch.tensor([[0.0, 2.0, 1.0, 2.0]]))
-    tensor([1])
-    """
-    vocab = logits.shape[-1]
-    whole = vocab // _BEST_WIDTH * _BEST_WIDTH
-    if whole == 0:
-        return logits.argmax(-1)
-    best = logits[:, :whole].view(len(logits), -1, _BEST_WIDTH).amax(-1)
-    if whole < vocab:
-        best = torch.cat([best, logits[:, whole:].amax(-1, keepdim=True)], dim=1)
-    start = (best.argmax(-1) * _BEST_WIDTH).clamp(max=vocab - _BEST_WIDTH)  # nothing before this stretch is as high
-    stretch = start[:, None] + torch.arange(_BEST_WIDTH, device=logits.device)
-    found: Tensor = start + logits.gather(1, stretch).argmax(-1)
-    return found
 
 
 def draw(probs: Tensor, rows: Tensor, uniform: Tensor, total: Tensor | None = None) -> Tensor:

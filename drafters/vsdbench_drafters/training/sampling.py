@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vsdbench_drafters.largest import largest
+
 _BLOCK = 128
 _ROWS_AT_ONCE = 8
 
@@ -30,27 +32,15 @@ def pick_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tenso
 
 
 def _pick(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
-    best, tokens = _largest(logits)
+    best, tokens = largest(logits)
     rows = torch.nonzero(temperatures > 0)[:, 0]
     if len(rows):
         on_device = rows.to(logits.device)
-        weights = logits[on_device].float().sub_(best[on_device].float())
+        weights = logits[on_device].float().sub_(best[on_device, None].float())
         if bool((temperatures[rows] != 1).any()):
             weights.div_(temperatures[rows].to(weights)[:, None])
         tokens[on_device] = _invert(weights.exp_(), uniforms[rows].to(logits.device))
     return tokens
-
-
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``[n, 1]`` maxima and ``[n]`` first indices of them: a maximum alone is far cheaper than one with index.
-
-    Args:
-        logits: ``[n, V]``.
-    """
-    blocks = pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf).view(len(logits), -1, _BLOCK)
-    best, block = blocks.amax(dim=-1).max(dim=-1)
-    inside = blocks[torch.arange(len(block), device=block.device), block].argmax(dim=-1)
-    return best[:, None], block * _BLOCK + inside
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:

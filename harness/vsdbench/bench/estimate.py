@@ -23,7 +23,7 @@ from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.models.device import synchronize
 from vsdbench.models.image_prompt import num_image_tokens
-from vsdbench.models.source import check_is_built
+from vsdbench.pictures.settings import check_is_built
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -96,19 +96,6 @@ def list_models() -> list[str]:
     return sorted([*WHEEL_MODELS, *BUILT_MODELS])
 
 
-def check_is_built(name: str) -> None:
-    """Make sure that a model is there before something is measured with it, where that is not what builds it.
-
-    Raises:
-        EnvironmentProblemError: It is one that is built on this machine, and it was not yet.
-    """
-    if name in BUILT_MODELS and not (built_folder(name) / METADATA).is_file():
-        raise EnvironmentProblemError(
-            f"the target '{name}' is not built yet, and an estimate measures with it: build it by 'vsdbench models "
-            f"build {name}' (about {BUILT_MODELS[name].minutes} minutes on two cores), which a run would do too."
-        )
-
-
 def resolve(name: str) -> ModelSource:
     """Return what a name means: an embedded or built model, a folder, or ``owner/name[@revision]`` on the hub.
 

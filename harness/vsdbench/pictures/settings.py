@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vsdbench.config import content_hash
+from vsdbench.errors import EnvironmentProblemError
 from vsdbench.paths import cache_dir
 
 View = Literal["picture", "blank", "other"]
@@ -118,6 +119,19 @@ BUILT_MODELS: dict[str, BuildSettings] = {
 def built_folder(name: str) -> Path:
     """Return where a built model lies in the cache, whether it has been built or not."""
     return cache_dir() / "models" / f"{name}-{BUILT_MODELS[name].key}"
+
+
+def check_is_built(name: str) -> None:
+    """Make sure that a model is there before something is measured with it, where that is not what builds it.
+
+    Raises:
+        EnvironmentProblemError: It is one that is built on this machine, and it was not yet.
+    """
+    if name in BUILT_MODELS and not (built_folder(name) / METADATA).is_file():
+        raise EnvironmentProblemError(
+            f"the target '{name}' is not built yet, and an estimate measures with it: build it by 'vsdbench models "
+            f"build {name}' (about {BUILT_MODELS[name].minutes} minutes on two cores), which a run would do too."
+        )
 
 
 def score_lines(scores: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
