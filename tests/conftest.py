@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from vsdbench.store.records import STEP_COLUMNS, Record, hash_tokens
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch comes later; tests run side by side, on tiny tensors
 
 DEFAULTS = {
     "run_id": "run-1",
