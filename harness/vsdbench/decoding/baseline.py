@@ -29,17 +29,20 @@ if TYPE_CHECKING:
     from vsdbench.models.target import Target
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each token was there; never stops anything."""
+class Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when each step was over and how long the sequence was then; never stops anything."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.times: list[float] = []
+        self.lengths: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        """Note both; return False for every sequence."""
         del scores, kwargs
         synchronize(self._device)
         self.times.append(time.perf_counter())
+        self.lengths.append(int(input_ids.shape[1]))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -118,7 +121,7 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings)
         ConfigError: The prompt is empty or longer than the target's context.
     """
     config = generation_config(target, prompt, settings)
-    clock = _Clock(target.device)
+    clock = Clock(target.device)
     ids = torch.tensor([list(prompt)], device=target.device)
     images = on_device(target, prompt.inputs_for(len(prompt))) if isinstance(prompt, ImagePrompt) else {}
     with target.as_shipped() as model, only(model, config):

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.utils import logging
 
-from vsdbench.decoding.baseline import generation_config, keyed_processors, only, stop_reason
+from vsdbench.decoding.baseline import Clock, generation_config, keyed_processors, only, stop_reason
 from vsdbench.decoding.interfaces import Generation, StepRecord
 from vsdbench.errors import ConfigError, did_you_mean
 from vsdbench.models.device import synchronize
@@ -66,22 +66,6 @@ class _Forwards:
     def _end(self, _model: nn.Module, _args: object, _output: object) -> None:
         synchronize(self.device)
         self.ends.append(time.perf_counter())
-
-
-class _Lengths(StoppingCriteria):  # type: ignore[misc]
-    """Notes when a step was over and how long the sequence was then; never stops anything."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.times: list[float] = []
-        self.lengths: list[int] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        del scores, kwargs
-        synchronize(self._device)
-        self.times.append(time.perf_counter())
-        self.lengths.append(int(input_ids.shape[1]))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def build_lookup(target: Target, options: Mapping[str, Any]) -> Peer:
@@ -154,7 +138,7 @@ def _generate(
     if isinstance(prompt, ImagePrompt):
         raise ConfigError("peers of transformers are measured on text alone; leave them out of suites with images.")
     ids = torch.tensor([list(prompt)], device=target.device)
-    ours, theirs, lengths = _Forwards(target.device), _Forwards(target.device), _Lengths(target.device)
+    ours, theirs, clock = _Forwards(target.device), _Forwards(target.device), Clock(target.device)
     watched_draft = theirs.of(draft.model) if draft is not None else theirs.of(nn.Identity())
     with target.as_shipped() as model, only(model, config), ours.of(model), watched_draft, _quiet():
         synchronize(target.device)
@@ -164,15 +148,15 @@ def _generate(
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=keyed_processors(settings),
-            stopping_criteria=StoppingCriteriaList([lengths]),
+            stopping_criteria=StoppingCriteriaList([clock]),
             **({} if draft is None else {"assistant_model": draft.model}),
         )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     first = min([ours.starts[0], *theirs.starts[:1]])
     draft_prefill_s = theirs.ends[0] - theirs.starts[0] if theirs.starts else 0.0
     prefill_s = first - started + ours.ends[0] - ours.starts[0] + draft_prefill_s
-    steps = [_step(ours, lengths, index) for index in range(1, len(lengths.times))]
-    if emitted := lengths.lengths[0] - len(prompt) - 1:
+    steps = [_step(ours, clock, index) for index in range(1, len(clock.times))]
+    if emitted := clock.lengths[0] - len(prompt) - 1:
         nodes = ours.rows[0] - len(prompt) - 1
         draft_ms = 1e3 * (ours.starts[0] - first - draft_prefill_s)
         steps.insert(0, StepRecord(nodes, nodes, min(emitted - 1, nodes), emitted, draft_ms, 0.0, 0.0))
@@ -180,7 +164,7 @@ def _generate(
         token_ids=tokens,
         stop_reason=stop_reason(target, tokens, prompt, settings),
         prefill_s=prefill_s,
-        decode_s=lengths.times[-1] - started - prefill_s,
+        decode_s=clock.times[-1] - started - prefill_s,
         steps=steps,
     )
 
@@ -196,17 +180,17 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _step(forwards: _Forwards, lengths: _Lengths, index: int) -> StepRecord:
+def _step(forwards: _Forwards, clock: Clock, index: int) -> StepRecord:
     nodes = forwards.rows[index] - 1
-    emitted = lengths.lengths[index] - lengths.lengths[index - 1]
+    emitted = clock.lengths[index] - clock.lengths[index - 1]
     return StepRecord(
         num_nodes=nodes,
         depth=nodes,
         num_accepted=min(emitted - 1, nodes),
         num_emitted=emitted,
-        draft_ms=1e3 * (forwards.starts[index] - lengths.times[index - 1]),
+        draft_ms=1e3 * (forwards.starts[index] - clock.times[index - 1]),
         verify_ms=1e3 * (forwards.ends[index] - forwards.starts[index]),
-        other_ms=1e3 * (lengths.times[index] - forwards.ends[index]),
+        other_ms=1e3 * (clock.times[index] - forwards.ends[index]),
     )
 
 
