@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
+from vsdbench.models import attention
+from vsdbench.models.fused import FusedLayers, can_fuse
 from vsdbench.models.packed import Switch, can_pack, pack, unpack
 from vsdbench_drafters.training.answers import Request
 from vsdbench_drafters.training.data import shared_prefix
@@ -147,6 +149,12 @@ def alternate(
 def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Namespace) -> Callable[[float], int]:
     """Return a function that answers prompts for so many seconds; slots are in their steady state when it is called."""
     prefix = shared_prefix(target)
+    packs = can_pack(target.model.device, target.model.dtype)
+    fused = None
+    if packs:
+        pack(target.model)
+        decoder, config = target.model.get_decoder(), target.model.config
+        fused = FusedLayers(decoder, decoder.layers, config) if can_fuse(decoder, config, attention.NAME) else None
     generator = SlotGenerator(
         target.model,
         eos_ids=target.eos_ids,
@@ -155,6 +163,7 @@ def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Nam
         max_new_tokens=options.max_new_tokens,
         shared_prefix=prefix,
         loop_repeats=3,
+        fused=fused,
     )
     prompts = ((index, target.encode_chat(source[index].messages)) for index in itertools.count(options.slots))
     fitting = (
@@ -163,8 +172,6 @@ def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Nam
         if len(ids) <= 320 and ids[: len(prefix)] == prefix
     )
     answers = generator.stream(fitting)
-    if can_pack(target.model.device, target.model.dtype):
-        pack(target.model)
     for _ in range(2 * options.slots):
         next(answers)
     unpack(target.model)

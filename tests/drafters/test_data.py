@@ -47,6 +47,7 @@ class ByteTarget:
         self.fingerprint = "tiny"
         self.template_hash = "bytes"
         self.dtype = torch.float32
+        self.fused_layers = None
 
     def encode_chat(self, messages):
         turns = [[290, *(3 + byte for byte in message["content"].encode()), 291] for message in messages]

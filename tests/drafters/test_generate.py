@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from vsdbench.errors import ConfigError
+from vsdbench.models.fused import FusedLayers
+from vsdbench.models.packed import can_pack, pack
 from vsdbench_drafters.training import slots as slots_module
 from vsdbench_drafters.training.answers import Request, ends_in_loop
 from vsdbench_drafters.training.generate import SlotGenerator
@@ -106,6 +108,20 @@ def test_greedy_equals_generate(kind, prefix):
     assert [found[index].response_ids.tolist() for index in range(11)] == expected
     reasons = ["eos" if answer[-1] == eos else "length" for answer in expected]
     assert [found[index].stop_reason for index in range(11)] == reasons
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="no packed products in this torch")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "qwen3-sliding"])
+@pytest.mark.parametrize("prefix", [(), (5, 6, 7)], ids=["no-prefix", "prefix"])
+def test_fused_layers_say_the_same(kind, prefix, monkeypatch):
+    model, prompts = make_model(kind), make_prompts(11, prefix)
+    expected = [one_by_one(model, prompt, 24, [2]) for prompt in prompts]
+    pack(model)
+    decoder = model.get_decoder()
+    fused = FusedLayers(decoder, decoder.layers, model.config)
+    monkeypatch.setattr(decoder, "forward", None)  # the model's own layers take no part
+    found = slot_wise(model, prompts, prefix=prefix, fused=fused)
+    assert [found[index].response_ids.tolist() for index in range(11)] == expected
 
 
 @pytest.mark.parametrize("slots", [1, 3, 32])

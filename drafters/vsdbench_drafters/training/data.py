@@ -36,6 +36,7 @@ from vsdbench_drafters.training.sources import Prompts, prompt_sources, prompts_
 if TYPE_CHECKING:
     import torch
 
+    from vsdbench.models.fused import FusedLayers
     from vsdbench.models.image_prompt import ImagePrompt
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.generate import SlotGenerator
@@ -111,6 +112,7 @@ class DataTarget(Encoder, Protocol):
     eos_ids: frozenset[int]
     fingerprint: str
     dtype: torch.dtype
+    fused_layers: FusedLayers | None
 
     @property
     def template_hash(self) -> str: ...  # noqa: D102
@@ -248,6 +250,7 @@ class _Maker:
             shared_prefix=self._prefix,
             loop_repeats=config.loop_repeats,
             look=self._look if config.shows_images else None,
+            fused=self._target.fused_layers,
         )
 
     def _look(self, prompt: ImagePrompt) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:

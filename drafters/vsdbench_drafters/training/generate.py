@@ -6,8 +6,9 @@ each dense and only as wide as its longest row needs; one query a row is then tw
 CPUs are several times faster than a fused attention kernel made for long queries. Prompts are prefilled packed end to
 end, without padding, and a prefix that all prompts share (the chat template's system turn) is computed once.
 
-The model is the stock transformers one: it gets a cache object, explicit masks and positions. A prompt with images is
-read by the target by itself, and its keys and values take their place in a row.
+The model is the stock transformers one: it gets a cache object, explicit masks and positions. Where the target has
+fused layers (``vsdbench.models.fused``), those run in its place. A prompt with images is read by the target by itself,
+and its keys and values take their place in a row.
 
 Shape legend: S slots, n rows in use, P prefix tokens, C cache columns, D head size, V vocabulary.
 """
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
+from vsdbench.models.fused import FusedLayers
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench_drafters.training.answers import Request, Response, StopReason, ends_in_loop
 from vsdbench_drafters.training.sampling import pick_tokens
@@ -95,6 +97,7 @@ class SlotGenerator:
         shared_prefix: Tokens that every prompt begins with (may be empty).
         loop_repeats: Stop an answer after this many exact repetitions of its tail; 0 never stops it.
         look: Reads prompts with images; there may be no shared prefix then.
+        fused: What may run in the place of the model's own layers (``Target.fused_layers``).
 
     Attributes:
         num_made: Response tokens decoded so far, those of unfinished answers included.
@@ -112,9 +115,11 @@ class SlotGenerator:
         shared_prefix: Sequence[int] = (),
         loop_repeats: int = 0,
         look: Look | None = None,
+        fused: FusedLayers | None = None,
     ) -> None:
         self._model = model
         self._look = look
+        self._fused = fused
         self._eos = np.array(sorted(eos_ids), dtype=np.int64)
         self._slots = slots
         self._limits = (max_prompt_tokens, max_new_tokens)
@@ -122,7 +127,7 @@ class SlotGenerator:
         self._prefix = list(shared_prefix)
         self._loop_repeats = loop_repeats
         self._refill_at = max(1, slots // 16)
-        self._group = max(4, slots // 8)
+        self._group = max(4, slots // 4)
         self._device, self._dtype = model.device, model.dtype
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or [])
@@ -237,15 +242,38 @@ class SlotGenerator:
                 masks = {"full_attention": self._additive(visible), "sliding_attention": masks}
         else:
             masks = self._additive(visible)
+        ids, positions = ids.to(self._device), positions + offsets
+        if self._fused is not None:
+            return self._run_fused(self._fused, ids, positions, masks)
         output = self._model(
-            input_ids=ids.to(self._device),
+            input_ids=ids,
             attention_mask=masks,
-            position_ids=positions + offsets,
+            position_ids=positions,
             cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
         logits: Tensor = output.logits
+        return logits
+
+    def _run_fused(
+        self, layers: FusedLayers, ids: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]
+    ) -> Tensor:
+        """Return the logits ``[B, 1, V]`` of the last column; the layers take the columns of all rows as one matrix."""
+        batch, columns = ids.shape
+
+        def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            asked, new_keys, new_values = (
+                part.view(batch, columns, *part.shape[1:]).transpose(1, 2) for part in (queries, keys, values)
+            )
+            keys, values = self._cache.update(new_keys, new_values, index)
+            mask = layers.mask_of(index, masks)
+            output, _ = self._attention(None, asked, keys, values, mask, scaling=layers.scaling)
+            return output.reshape(batch * columns, -1)
+
+        embedded = self._model.get_input_embeddings()(ids.flatten())
+        last = layers.run(embedded, positions.flatten(), attend, {})
+        logits: Tensor = self._model.get_output_embeddings()(last.view(batch, columns, -1)[:, -1:])
         return logits
 
     def _additive(self, visible: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ class SlotAttention:
 
     def __call__(  # noqa: PLR0917 - the order is transformers'
         self,
-        _module: nn.Module,
+        _module: nn.Module | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,

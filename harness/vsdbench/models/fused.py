@@ -96,7 +96,7 @@ class FusedLayers:
         """
 
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            mask = masks if isinstance(masks, Tensor) else masks[self._types[index]]  # type: ignore[index]
+            mask = self.mask_of(index, masks)
             all_keys, all_values = cache.layers[index].update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
             return self._attend(queries, all_keys, all_values, mask)
 
@@ -125,6 +125,10 @@ class FusedLayers:
             normed = F.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self._eps)
             x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
         return F.rms_norm(x, self._last_norm.shape, self._last_norm, self._eps)
+
+    def mask_of(self, index: int, masks: Tensor | dict[str, Tensor]) -> Tensor:
+        """Return the mask of a layer, of one for all layers or one a layer type."""
+        return masks if isinstance(masks, Tensor) else masks[self._types[index]]  # type: ignore[index]
 
     def _norm_heads(self, turned: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
         queries, keys = turned[:, : self._heads], turned[:, self._heads :]
