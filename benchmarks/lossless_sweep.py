@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vsdbench.bars import counting_bars
 from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.lossless import compare
 from vsdbench.bench.methods import REFERENCE, Method, build_methods, engine_method
@@ -267,16 +267,8 @@ def main() -> int:
     except VsdbenchError as error:
         console.print(f"[red]error:[/] {error}")
         return error.exit_code
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        with counting_bars(console) as progress:
             task = progress.add_task("sweep", total=sweep.total, completed=len(sweep.lines))
             for line in sweep.run():
                 text = f"{line['drafter']} · {line['shape']} · {line['mode']} · {line['prompt_id']}"

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
 import numpy as np
 from pydantic import Field, model_validator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
+from vsdbench.bars import Bars
 from vsdbench.config import Config, content_hash
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
@@ -179,7 +180,7 @@ def ensure_data(
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens, {task.fields[rate]:,.0f}/s,"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console or Console(quiet=True), disable=console is None) as progress:
+    with Bars(*columns, console=console or Console(quiet=True), disable=console is None) as progress:
         answers, next_index = maker.run(progress)
     meta = {
         "licence": LICENCE if config.has_text else "none: the prompts are rendered",
@@ -219,7 +220,7 @@ class _Maker:
         for answer in folder.load_shards().values():
             self._note(answer)
 
-    def run(self, progress: Progress) -> tuple[list[Answer], int]:
+    def run(self, progress: Bars) -> tuple[list[Answer], int]:
         """Answer prompts until the budget is filled; return the answers to keep and the first index not used."""
         task = progress.add_task("Training data", total=self._config.num_tokens, rate=0.0)
         made, begun = 0, time.monotonic()

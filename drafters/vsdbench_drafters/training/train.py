@@ -14,6 +14,7 @@ import rich.progress
 import torch
 from rich.console import Console
 
+from vsdbench.bars import Bars
 from vsdbench.config import content_hash
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.sampling import SamplingParams
@@ -383,7 +384,7 @@ def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: C
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[rich.progress.Progress]:
+def _bar(console: Console) -> Iterator[Bars]:
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -391,5 +392,5 @@ def _bar(console: Console) -> Iterator[rich.progress.Progress]:
         rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
         rich.progress.TextColumn("{task.fields[status]}"),
     )
-    with rich.progress.Progress(*columns, console=console) as bar:
+    with Bars(*columns, console=console) as bar:
         yield bar

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vsdbench import registry
+from vsdbench.bars import counting_bars
 from vsdbench.bench.auto_tree import calibration_prompts
 from vsdbench.bench.conversation import check_images
 from vsdbench.bench.methods import Method, build_methods
@@ -277,15 +277,7 @@ def _check_same_drafters(store: RunStore, methods: Sequence[Method]) -> None:
 @contextmanager
 def _display(console: Console) -> Iterator[Any]:
     """Show a bar with the time left, and yield the callback that moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=300, disable=console.quiet) as progress:
+    with counting_bars(console) as progress:
         task = progress.add_task("decoding", total=None)
 
         def on_progress(done: Done) -> None:

