@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.e2e.workspace import METHODS, NUM_TURNS, PROMPTS, lines_of
+from transformers import AutoTokenizer
 
+from vsdbench.bench.spans import drawn
 from vsdbench.decoding import engine
 from vsdbench.decoding.interfaces import Verdict
 from vsdbench.models import wheels
+from vsdbench.store.examples import load_examples
+from vsdbench.store.frames import to_frames
 from vsdbench.store.store import load_outputs, load_records
 
 NUM_RECORDS = NUM_TURNS * 2 * 2 * len(METHODS)  # turns x modes x repeats x methods
@@ -64,6 +68,22 @@ def test_every_answer_is_lossless_and_stored(finished):
     itself = [record for record in records if (record.method, record.mode) == ("itself", "greedy")]
     accepted = sum(sum(record.steps.num_accepted) for record in itself)
     assert accepted > sum(len(record.steps) for record in itself)  # a model agrees with itself
+
+
+def test_the_examples_are_of_this_run(finished):
+    workspace, _ = finished
+    run = workspace.only_run
+    examples = load_examples(run)
+    assert [prompt.category for prompt in examples.prompts] == ["chat", "code"]
+    texts = {f"local/{prompt['id']}": prompt["turns"][0] for prompt in PROMPTS}
+    assert all(prompt.text == texts[prompt.prompt_id] for prompt in examples.prompts)
+    outputs, tokenizer = load_outputs(run), AutoTokenizer.from_pretrained(workspace.model)
+    assert examples.pieces
+    for sha, words in examples.pieces.items():
+        assert len(words) == len(outputs[sha])
+        assert "".join(words) == tokenizer.decode(outputs[sha])
+    for example in drawn(to_frames(load_records(run)), examples):
+        assert {answer.drafter for answer in example.answers} == {"itself", "ngram"}
 
 
 def test_what_drafters_proposed_is_counted(finished):

@@ -82,8 +82,8 @@ def test_reading_comparing_and_reporting_import_no_torch(tmp_path, make_run, sto
     folder = store_run(make_run(num_prompts=3, num_repeats=1), "small")
     modules = [
         "provenance", "models.source", "store.records", "store.files", "store.frames", "store.store", "bench.metrics",
-        "bench.stats", "bench.summary", "bench.diagnostics", "bench.compare", "bench.gates", "report.tables",
-        "report.figures", "report.comparison", "report.paper",
+        "bench.stats", "bench.summary", "bench.diagnostics", "bench.compare", "bench.gates", "bench.spans",
+        "report.tables", "report.figures", "report.comparison", "report.paper", "report.spans",
     ]  # fmt: skip
     code = (
         f"import sys; from pathlib import Path; import vsdbench.{', vsdbench.'.join(modules)};"

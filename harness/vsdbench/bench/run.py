@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vsdbench import registry
 from vsdbench.bars import counting_bars
 from vsdbench.bench.auto_tree import calibration_prompts
 from vsdbench.bench.conversation import check_images
+from vsdbench.bench.examples import keep_examples
 from vsdbench.bench.methods import Method, build_methods
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
@@ -163,6 +165,7 @@ def run_suite(
                     f"Interrupted: {kept} of {runner.total} decodes are kept in {store.directory}; "
                     "the same command with --resume goes on from there."
                 ) from error
+        keep_examples(store.directory, suite, partial(target.tokenizer.decode, clean_up_tokenization_spaces=False))
         store.update_manifest(status="complete", finished=_now(), machine_after=machine())
         store.write_summary()
         summary = summarise(load_records(store.directory), manifest=store.manifest)

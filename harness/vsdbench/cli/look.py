@@ -32,17 +32,26 @@ def list_(
 
 @app.command()
 @verb
-def show(
+def show(  # noqa: PLR0917 - a command's options
     name: Annotated[str, typer.Argument(help="A suite, recipe, objective, drafter, peer or run.")],
     results: Results = None,
     diagnostics: Diagnostics = False,
+    spans: Annotated[
+        bool, typer.Option("--spans", help="Of a run: example answers, and which of their tokens were drafted.")
+    ] = False,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="With --spans: draw this drafter's answers (repeatable; default: two best)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show one thing: a file as it is, a plug-in's description, a run's table."""
+    """Show one thing: a file as it is, a plug-in's description, a run's table or its example answers."""
     from vsdbench import catalog
     from vsdbench.errors import ConfigError
     from vsdbench.paths import results_dir
 
+    if drafter and not spans:
+        raise ConfigError(f"--drafter {drafter[0]} is for --spans: give both, or neither.")
     try:
         kind, path, text = catalog.find(name)
     except ConfigError:
@@ -50,8 +59,14 @@ def show(
 
         if not any(run.name.startswith(name) for run in list_runs(results_dir(results))) and name != "latest":
             raise
-        _show_run(find_run(results_dir(results), name), as_json=as_json, diagnostics=diagnostics)
+        run = find_run(results_dir(results), name)
+        if spans:
+            _show_spans(run, drafter or [], as_json=as_json)
+        else:
+            _show_run(run, as_json=as_json, diagnostics=diagnostics)
         return
+    if spans:
+        raise ConfigError(f"--spans is for runs, but '{name}' is a {kind}: see `vsdbench list runs`.")
     if as_json:
         print_json({"schema": 1, "kind": kind, "path": str(path) if path else None, "text": text})
     else:
@@ -81,6 +96,29 @@ def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
     else:
         print_summary(summary, Console(), diagnostics=diagnostics)
         warn_of_noise(summary, notes(quiet=False))
+
+
+def _show_spans(run: Path, drafters: list[str], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from vsdbench.bench.spans import drawn, to_json
+    from vsdbench.errors import ConfigError
+    from vsdbench.report.spans import print_spans
+    from vsdbench.store.examples import load_examples
+    from vsdbench.store.frames import to_frames
+    from vsdbench.store.store import load_records
+
+    examples = load_examples(run)
+    if examples is None:
+        raise ConfigError(
+            f"{run} has no example answers: it was not finished, or made before runs kept them. Run its suite again."
+        )
+    found = drawn(to_frames(load_records(run)), examples, drafters)
+    if as_json:
+        context = {"schema": 1, "run_id": run.name, "mode": examples.mode, "temperature": examples.temperature}
+        print_json(context | {"chosen_by": examples.drafters[0], "examples": [to_json(example) for example in found]})
+    else:
+        print_spans(examples, found, Console(highlight=False))
 
 
 @app.command()

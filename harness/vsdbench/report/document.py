@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vsdbench.report import about, checks, costs, effects, results
+from vsdbench.report import about, checks, costs, effects, examples, results
 from vsdbench.report.facts import Mode, Run
 from vsdbench.report.model import Document, Section, Table, fixed, listed, named, spelled
 
@@ -26,6 +26,7 @@ def build(runs: Sequence[Run], *, title: str | None, files: str) -> Document:
         costs.budget(runs),
         costs.pareto(runs),
         costs.time_shares(runs),
+        examples.accepted_spans(runs),
         checks.losslessness(runs),
         checks.misalignment(runs),
         about.training(runs),

@@ -17,6 +17,7 @@ import yaml
 from vsdbench.bench import metrics
 from vsdbench.bench.paired import Difference, Frames, speedup_difference, tau_difference
 from vsdbench.bench.summary import Summary, summarise_frames
+from vsdbench.store.examples import Examples, load_examples
 from vsdbench.store.frames import to_frames
 from vsdbench.store.store import CONFIG, RECORDS, load_manifest, load_records
 
@@ -121,6 +122,11 @@ class Run:
                 if leader is not None:
                     found[mode, measure] = leader
         return found
+
+    @cached_property
+    def examples(self) -> Examples | None:
+        """Answers that were kept to be drawn; None in a run from before that."""
+        return load_examples(self.folder)
 
     @cached_property
     def control(self) -> dict[str, bool]:

@@ -7,9 +7,12 @@ Prose is plain text with four marks: `` `name` `` for names and commands, ``**wo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from matplotlib.figure import Figure
+
+from vsdbench.bench.spans import Span
 
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -95,7 +98,26 @@ class Commands:
     lines: tuple[str, ...]
 
 
-Block: TypeAlias = str | Table | Picture | Bullets | Commands
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnAnswer:
+    """An answer as spans, under a line that says whose it is; ``left`` says what is left out of it."""
+
+    head: str
+    spans: tuple[Span, ...]
+    left: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnExample:
+    """A prompt with its pictures (PNG files) and some answers to it."""
+
+    head: str
+    prompt: str
+    pictures: tuple[Path, ...]
+    answers: tuple[DrawnAnswer, ...]
+
+
+Block: TypeAlias = str | Table | Picture | Bullets | Commands | DrawnExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +163,12 @@ class Document:
     def pictures(self) -> tuple[Picture, ...]:
         """Every figure."""
         return tuple(b for s in self.sections for b in s.blocks if isinstance(b, Picture))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Pictures of prompts, which are copied beside the figures; two of one name are the same."""
+        found = (file for s in self.sections for b in s.blocks if isinstance(b, DrawnExample) for file in b.pictures)
+        return tuple({file.name: file for file in found}.values())
 
 
 # --- cells ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from vsdbench.store.store import load_manifest
 SOURCE, TEMPLATE = "report.typ", "paper.typ"
 _TABLES, _FIGURES = "tables", "figures"
 _PICTURE_KINDS = ("svg", "pdf")
+_PNG = ".png"  # pictures of prompts, as they are
 _SIZES_PT = (9.4, 9.2, 9.6, 9.0, 9.8, 8.8, 10.0)
 _FULL_ENOUGH = 0.8
 """Of the last page, both columns together: more than this and nobody sees where the text ends."""
@@ -110,9 +111,12 @@ def _write_tables(document: Document, folder: Path) -> list[Path]:
 
 
 def _write_figures(document: Document, folder: Path) -> list[Path]:
-    _clear(folder, tuple(f".{kind}" for kind in _PICTURE_KINDS))
+    _clear(folder, (*(f".{kind}" for kind in _PICTURE_KINDS), _PNG))
     paths: list[Path] = []
     with storage_errors(folder):
+        for file in document.files:
+            paths.append(folder / file.name)
+            write_atomic(paths[-1], file.read_bytes())
         for picture in document.pictures:
             layout = PAGE if picture.wide else COLUMN
             freeze(picture.figure, layout)

@@ -5,9 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 
-from vsdbench.report.model import Block, Bullets, Cell, Commands, Document, Picture, Section, Table
+from vsdbench.bench.spans import Span
+from vsdbench.report.model import (
+    Block,
+    Bullets,
+    Cell,
+    Commands,
+    Document,
+    DrawnExample,
+    Picture,
+    Section,
+    Table,
+)
 
 _MARKS = re.compile(r"`([^`]*)`|\*\*(.+?)\*\*|\[\[(table|figure|cite):([a-z0-9-]+)\]\]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&@^])")
@@ -19,6 +31,7 @@ _LATEX = {
     "\N{GREEK CAPITAL LETTER DELTA}": r"$\Delta$", "\N{GREEK SMALL LETTER BETA}": r"$\beta$",
     "\N{GREATER-THAN OR EQUAL TO}": r"$\geq$", "\N{LESS-THAN OR EQUAL TO}": r"$\leq$",
 }  # fmt: skip
+_SIGNS = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}"}
 FORMATS: dict[str, Callable[[Table], str]] = {}
 """File suffix to renderer, of the formats in which every table is written beside the report."""
 
@@ -192,6 +205,8 @@ class _Typst:
                 return self._picture(block)
             case Bullets():
                 return f"#bullets({', '.join(self.prose(item) for item in block.items)})"
+            case DrawnExample():
+                return self._example(block)
             case Commands():
                 return f"#commands({', '.join(literal(line) for line in block.lines)})"
             case str():
@@ -245,6 +260,33 @@ class _Typst:
             f"  file: read({literal(path)}, encoding: none), alt: {literal(plain(picture.alt))},\n"
             f"  title: {self.prose(picture.title)},\n  note: {self.prose(picture.note)},\n)"
         )
+
+    def _example(self, example: DrawnExample) -> str:
+        pictures = "".join(
+            f"read({literal(f'{self._figures}/{file.name}')}, encoding: none), " for file in example.pictures
+        )
+        answers = "".join(
+            f"    (head: {self.prose(answer.head)}, spans: ({''.join(map(_typst_span, answer.spans))}), "
+            f"left: {literal(answer.left)}),\n"
+            for answer in example.answers
+        )
+        return (
+            f"#example(\n  head: {self.prose(example.head)},\n  prompt: {literal(printable(example.prompt))},\n"
+            f"  pictures: ({pictures}),\n  answers: (\n{answers}  ),\n)"
+        )
+
+
+def printable(text: str) -> str:
+    r"""Return text on one line: line ends and tabs as signs, other characters that control something as a question.
+
+    >>> printable("a\n\tb\x1b")
+    'a\u21b5\u2192b\ufffd'
+    """
+    return "".join(_SIGNS.get(c, "\ufffd" if unicodedata.category(c)[0] == "C" else c) for c in text)
+
+
+def _typst_span(span: Span) -> str:
+    return f"({literal(printable(span.text))}, {_typst_bool(span.drafted)}, {span.step}), "
 
 
 def _typst_bool(value: bool) -> str:
