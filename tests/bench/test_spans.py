@@ -91,7 +91,7 @@ def test_drafters_can_be_named(frames, examples):
 
 def test_an_answer_whose_text_is_not_there_is_said(frames, examples):
     without = examples.model_copy(update={"pieces": {}})
-    with pytest.raises(ConfigError, match="examples.json lacks an answer of 'kl@0'"):
+    with pytest.raises(ConfigError, match=r"examples\.json lacks an answer of 'kl@0'"):
         drawn(frames, without)
 
 

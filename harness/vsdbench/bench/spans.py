@@ -156,7 +156,7 @@ def _answer(name: str, frames: Frames, examples: Examples) -> Answer:
     records, steps = frames
     sha = str(records["output_sha256"].iloc[0])
     if sha not in examples.pieces:
-        raise ConfigError(f"examples.json lacks an answer of '{name}': restore it from a copy or delete it.")
+        raise ConfigError(f"examples.json lacks an answer of '{name}': restore it or delete it.")
     tau = metrics.tau(steps)
     assert tau is not None
     counts = ([int(number) for number in steps[column]] for column in ("num_accepted", "num_emitted"))
