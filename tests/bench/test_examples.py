@@ -20,12 +20,13 @@ from vsdbench.bench.examples import (
     shortened,
     two_best,
 )
+from vsdbench.bench.spans import drawn
 from vsdbench.errors import ConfigError
 from vsdbench.pictures.scenes import CATEGORIES, Scene
 from vsdbench.store.examples import load_examples
 from vsdbench.store.frames import to_frames
 from vsdbench.store.records import hash_tokens
-from vsdbench.store.store import RunStore
+from vsdbench.store.store import RunStore, load_records
 from vsdbench.suites.loaders import load_suite
 from vsdbench.suites.prompts import make_prompt
 
@@ -109,9 +110,9 @@ def pictures(tmp_path_factory):
 def write(tmp_path, make_record, pictures):
     """Write a run of the suite, in which every drafter says ``TEXT``."""
 
-    def write(**methods):
+    def write(manifest=(), **methods):
         ids = list(TEXT.encode())
-        with RunStore.create(tmp_path / "run", {"run_id": "r"}) as store:
+        with RunStore.create(tmp_path / "run", {"run_id": "r", **dict(manifest)}) as store:
             for prompt in pictures.prompts:
                 for method, (kind, steps) in methods.items():
                     about = {"run_id": "r", "prompt_id": prompt.id, "category": prompt.category, "method": method}
@@ -142,6 +143,17 @@ def test_a_run_keeps_small_copies_of_drawn_pictures_alone(write, pictures):
     foreign = kept.prompts[-1]
     assert (foreign.prompt_id, foreign.num_images, foreign.images) == ("files/red", 1, ())
     assert len(list((run / "examples").iterdir())) == len(CATEGORIES)
+
+
+def test_a_control_that_was_shown_other_pictures_is_not_chosen_but_can_be_asked_for(write, pictures):
+    rest = len(TEXT.encode()) - 1
+    best, control = [step(2)] * (rest // 3) + [step(0)] * (rest % 3), [step(4)] * (rest // 5) + [step(0)] * (rest % 5)
+    manifest = {"methods": [{"name": "blind", "images": "shuffled", "control_of": "best"}, {"name": "best"}]}
+    run = write(manifest, blind=("drafter", control), best=("drafter", best))
+    kept = keep_examples(run, pictures, decoded)
+    assert kept.drafters == ("best",)
+    frames = to_frames(load_records(run))
+    assert [answer.drafter for answer in drawn(frames, kept, ["blind"])[0].answers] == ["blind"]
 
 
 def test_without_a_drafter_that_recorded_steps_there_are_none(write, pictures):

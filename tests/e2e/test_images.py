@@ -8,6 +8,7 @@ import pytest
 from tests.e2e.workspace import METHODS, Workspace, lines_of
 from tests.models.tiny_vision import make_image, make_parts
 
+from vsdbench.store.examples import load_examples
 from vsdbench.store.store import load_records
 
 PROMPTS = [
@@ -82,6 +83,30 @@ def test_a_text_target_refuses_them_in_one_sentence(workspace, tiny_model):
     assert result.code == 2
     assert "The prompt has 1 image and" in result.said
     assert "reads text alone" in result.said
+
+
+def test_a_drafter_that_is_shown_other_pictures_falls_and_answers_stay(workspace):
+    rows = [{"id": f"{n}", "category": "c", "turns": ["What is it?"], "images": f"img/{n}.png"} for n in (1, 2, 3)]
+    workspace.write_prompts(rows, "seen.jsonl")
+    source = {"name": "local", "loader": "jsonl", "path": "seen.jsonl", "licence": "CC0-1.0", "fields": FIELDS}
+    itself = {"type": "draft_model", "options": {"model": str(workspace.model)}}
+    drafters = [{"name": "itself", **itself}, {"name": "misled", **itself, "images": "shuffled"}]
+    greedy = [{"name": "greedy", "temperature": 0, "rule": "greedy"}]
+    settings = {"generation": {"max_new_tokens": 12}, "repeats": 1, "baselines": ["autoregressive"], "modes": greedy}
+    suite = workspace.write_suite("seen", sources=[source], drafters=drafters, **settings)
+    result = workspace.run("--json", suite=suite)
+    assert result.code == 0, result.said
+    summary = json.loads(result.out)
+    (entry,) = summary["image_controls"]
+    assert (entry["drafter"], entry["control"], entry["num_prompts"]) == ("itself", "misled", 3)
+    assert entry["tau_shuffled"] < entry["tau"]
+    (run,) = (path.parent for path in workspace.runs if path.parent.name.startswith("seen-"))
+    assert {record.lossless for record in load_records(run)} <= {"reference", "equal"}
+    foreign = load_examples(run).prompts[0]
+    assert (foreign.num_images, foreign.images) == (1, ())
+    few = workspace.run("--limit", "1", suite=suite)
+    assert few.code == 2
+    assert "show too few different ones: take more prompts" in few.said
 
 
 def test_what_it_would_take_counts_the_images(workspace):

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vsdbench.bench import metrics
+from vsdbench.bench.image_controls import misled
 from vsdbench.bench.spans import answers_of
 from vsdbench.store.examples import PICTURES, ExamplePrompt, Examples, save_examples
 from vsdbench.store.frames import to_frames
-from vsdbench.store.store import load_outputs, load_records
+from vsdbench.store.store import load_manifest, load_outputs, load_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,11 +52,12 @@ def keep_examples(run: Path, suite: Suite, decode: Decode) -> Examples | None:
     """
     frames = to_frames(load_records(run))
     records = frames[0][(frames[0]["kind"] == "drafter") & (frames[0]["num_steps"] > 0)]
+    records = records[~records["method"].isin(misled(load_manifest(run)))]
     if records.empty:
         return None
     first = records.sort_values("temperature", kind="stable").iloc[0]
     mode, temperature = str(first["mode"]), float(first["temperature"])
-    drafters = two_best(frames, mode, temperature)
+    drafters = two_best((records, frames[1]), mode, temperature)
     chosen = choose(answers_of(frames, mode, temperature, method=drafters[0]), suite.prompts)
     drawn = {source.name for source in suite.config.sources if source.loader == "scenes"}
     pictures: dict[str, bytes] = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vsdbench import registry
 from vsdbench.bench.auto_tree import choose_trees
+from vsdbench.bench.exchange import Misled
 from vsdbench.decoding.baseline import hf_generate
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
@@ -44,6 +45,7 @@ class Method:
         drafter_fingerprint: Hash of the drafter's weights, if it has any.
         training: What its training cost and where it lies, for the manifest.
         drafter: What drafts, in methods of our engine.
+        control_of: The drafter that it is the control of, where it is ``Misled`` and that one is in the suite.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method:
     drafter_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
+    control_of: str | None = None
 
     def shape_in(self, mode: str) -> TreeShape | None:
         """Return the tree shape of a mode."""
@@ -91,7 +94,7 @@ def build_methods(
     ]
     methods = [_baseline(name, target) for name in suite.baselines]
     for entry, builder in zip(suite.drafters, builders, strict=True):
-        method = _drafter(entry, builder, target, console)
+        method = replace(_drafter(entry, builder, target, console), control_of=suite.control_of(entry))
         if entry.tree.kind == "auto":
             known = (chosen or {}).get(entry.name, {})
             measured_on = (target, calibration)
@@ -178,7 +181,7 @@ def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Targe
         entry.name,
         "drafter",
         target,
-        drafter,
+        drafter if entry.images == "own" else Misled(target, drafter),
         shape=entry.tree.shape(),
         objective=objective,
         drafter_fingerprint=_fingerprint(drafter, checkpoint),

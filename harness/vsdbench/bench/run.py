@@ -20,6 +20,7 @@ from vsdbench.bars import counting_bars
 from vsdbench.bench.auto_tree import calibration_prompts
 from vsdbench.bench.conversation import check_images
 from vsdbench.bench.examples import keep_examples
+from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.methods import Method, build_methods
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
@@ -140,6 +141,7 @@ def run_suite(
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, options, console)
     check_images(target, suite)  # before anything is trained
+    exchanged_prompts(suite)  # likewise
     key = run_key(suite, target)
     found = _find_resumable(key, options, console)
     methods = build_methods(
@@ -255,6 +257,7 @@ def _describe(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "drafter_fingerprint": method.drafter_fingerprint,
             "training": method.training,
             "trees": dict(method.trees),
+            **({"images": "shuffled", "control_of": method.control_of} if isinstance(method.drafter, Misled) else {}),
         }
         for method in methods
     ]

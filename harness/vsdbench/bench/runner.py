@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.diagnostics import diagnose
+from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.lossless import compare
 from vsdbench.bench.methods import REFERENCE, Method
 from vsdbench.decoding.engine import DecodeSettings
@@ -100,6 +101,7 @@ class Runner:
         self._on_progress = on_progress
         self._run_id = str(store.manifest["run_id"])
         self._references = self._stored_references()
+        self._exchanged = exchanged_prompts(suite)
 
     @property
     def total(self) -> int:
@@ -139,6 +141,8 @@ class Runner:
         waiting: list[_Decoded] = []
         for place, method in todo:
             settings = self._settings(block, method)
+            if isinstance(method.drafter, Misled) and block.prompt.id in self._exchanged:
+                method.drafter.show(self._encode(replace(block, prompt=self._exchanged[block.prompt.id])))
             generation = method.run(prompt, settings)
             if method.name == REFERENCE:
                 self._references.setdefault(self._reference_key(block), generation.token_ids)

@@ -106,7 +106,7 @@ def answers_of(frames: Frames, mode: str, temperature: float, **equal: object) -
 
 
 def drawn(frames: Frames, examples: Examples, drafters: Sequence[str] = ()) -> list[Example]:
-    """Return the examples of a run with the answers of the drafters that were asked for, or of those that the run names.
+    """Return the examples of a run with the answers of the drafters asked for, or of those that the run names.
 
     Raises:
         ConfigError: A drafter has no answer to them.

@@ -13,6 +13,7 @@ import pandas as pd
 
 from vsdbench.bench import checks, metrics, stats
 from vsdbench.bench.diagnostics import METRICS, misalignment
+from vsdbench.bench.image_controls import image_controls
 from vsdbench.bench.paired import Frames
 from vsdbench.errors import ConfigError
 from vsdbench.store.frames import to_frames
@@ -42,10 +43,12 @@ def summarise(
     only one.
     ``diagnostics`` say how a drafter's preference and what was kept of its trees differ (``bench.diagnostics``), null
     where that was not recorded.
+    ``image_controls`` is there only where drafters were shown other pictures than the target, and says what they lost
+    (``bench.image_controls``).
 
     Args:
         records: Of one run, not empty.
-        manifest: The run's manifest; ``device`` is taken from it.
+        manifest: The run's manifest; ``device`` and which drafters are controls are taken from it.
         seed: Of every bootstrap.
         num_resamples: Of every bootstrap.
 
@@ -87,6 +90,8 @@ def summarise_frames(
     bootstrap = {"seed": seed, "num_resamples": num_resamples}
     for (mode, temperature), _ in frame.groupby(["mode", "temperature"], sort=True):
         _add_mode(summary, *metrics.select(frame, steps, mode=mode, temperature=temperature), bootstrap)
+    if lost := image_controls((frame, steps), manifest or {}, **bootstrap):
+        summary["image_controls"] = lost
     return summary
 
 

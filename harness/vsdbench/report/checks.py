@@ -15,6 +15,7 @@ from vsdbench.report.model import (
     Picture,
     Section,
     Table,
+    change,
     count,
     estimate,
     fixed,
@@ -93,6 +94,41 @@ def _lossless_table(runs: Sequence[Run]) -> Table:
         rows=tuple(rows),
         note="Gap: the logit of the baseline's token minus that of the other, at the first near-tie, absolute.",
     )
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def other_pictures(runs: Sequence[Run]) -> Section | None:
+    """Return what drafters lose when their prompt shows another picture; None where no run has such a control."""
+    found = [(run, entry) for run in runs for entry in run.summary.get("image_controls", ())]
+    if not found:
+        return None
+    table = Table(
+        name="other-pictures",
+        title="Drafters shown another picture",
+        columns=("drafter", "T", "τ, own picture", "τ, another", "change of τ, %"),
+        rows=tuple(
+            (
+                words(f"{entry['drafter']}{f' [{run.label}]' if run.label else ''}"),
+                words(f"{entry['temperature']:g}"),
+                number(entry["tau"]),
+                number(entry["tau_shuffled"]),
+                change(entry["delta_tau_pct"], entry["delta_tau_ci"]),
+            )
+            for run, entry in found
+        ),
+        note=f"Paired by prompt, over {listed([str(n) for n in sorted({e['num_prompts'] for _, e in found})])} prompts "
+        "with pictures; brackets: 95 % intervals.",
+    )
+    text = (
+        "Does a drafter use the picture? In this control its prefill gets the prompt as the target reads it with "
+        "another prompt's picture, while the target itself sees the true one, so the answers stay the same. A fall of τ in "
+        "[[table:other-pictures]] says that it does; an interval that holds 0, that it was not shown. It is not what a "
+        "picture is worth: a wrong one may mislead, and what later steps draft from, the target's features of the "
+        "generated tokens, still knows the true one."
+    )
+    return Section("Negative control: another picture", (text, table))
 
 
 # --- misalignment --------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def build(runs: Sequence[Run], *, title: str | None, files: str) -> Document:
         costs.pareto(runs),
         costs.time_shares(runs),
         examples.accepted_spans(runs),
+        checks.other_pictures(runs),
         checks.losslessness(runs),
         checks.misalignment(runs),
         about.training(runs),
@@ -112,11 +113,12 @@ def _of_ablation(run: Run) -> list[str]:
 
 def _headline(run: Run, mode: Mode) -> str:
     """Return the fastest drafter of a mode: how fast, against what, at which tau, and how sure that it is that."""
-    rows = [row for row in run.in_mode(mode) if row["speedup"] is not None]
+    mine = [row for row in run.in_mode(mode) if row["drafter"] not in run.misled]
+    rows = [row for row in mine if row["speedup"] is not None]
     how = "Greedily (T = 0)" if mode[0] == "greedy" else f"At T = {mode[1]:g}"
     where = f"In run {run.label}, {how[0].lower()}{how[1:]}" if run.label else how
     if not rows:
-        known = [row for row in run.in_mode(mode) if row["tau"] is not None]
+        known = [row for row in mine if row["tau"] is not None]
         if not known:
             return ""
         best = max(known, key=lambda row: float(row["tau"]))

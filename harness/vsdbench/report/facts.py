@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from vsdbench.bench import metrics
+from vsdbench.bench.image_controls import misled
 from vsdbench.bench.paired import Difference, Frames, speedup_difference, tau_difference
 from vsdbench.bench.summary import Summary, summarise_frames
 from vsdbench.store.examples import Examples, load_examples
@@ -122,6 +123,11 @@ class Run:
                 if leader is not None:
                     found[mode, measure] = leader
         return found
+
+    @cached_property
+    def misled(self) -> frozenset[str]:
+        """Drafters that were shown other pictures than the target: controls, which compete with nobody."""
+        return misled(self.manifest)
 
     @cached_property
     def examples(self) -> Examples | None:
@@ -247,7 +253,8 @@ def same_prompts(first: Run, second: Run) -> bool:
 
 
 def _leader(run: Run, mode: Mode, measure: str, difference: Callable[[list[Frames], list[Frames]], Difference]) -> Any:  # noqa: ANN401
-    known = sorted((row for row in run.in_mode(mode) if row[measure] is not None), key=lambda row: -row[measure])
+    rows = [row for row in run.in_mode(mode) if row[measure] is not None and row["drafter"] not in run.misled]
+    known = sorted(rows, key=lambda row: -row[measure])
     if len(known) < 2:
         return None
     best, second = known[0]["drafter"], known[1]["drafter"]

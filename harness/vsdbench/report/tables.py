@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vsdbench.bench.checks import CONTROL_CONFIDENCE, detectable_line
+from vsdbench.bench.image_controls import told
 from vsdbench.bench.summary import Summary, summary_frame
 
 MISSING = "\N{EN DASH}"
@@ -151,7 +152,7 @@ def print_diagnostics(summary: Summary, console: Console) -> None:
 
 
 def print_summary(summary: Summary, console: Console, *, categories: bool = False, diagnostics: bool = False) -> None:
-    """Print the baselines, one row a drafter x mode, the definitions, and what differences the run could have shown.
+    """Print the baselines, one row a drafter x mode, the definitions, and what the run could show and its controls did.
 
     It fits 80 columns and uses more if there are.
 
@@ -175,6 +176,8 @@ def print_summary(summary: Summary, console: Console, *, categories: bool = Fals
         console.print(Text("No drafter was measured in this run."))
     console.print(Text(definitions(summary), style="dim"))
     print_detectable(summary, console)
+    for entry in summary.get("image_controls", ()):
+        console.print(Text(told(entry)))
     if diagnostics:
         print_diagnostics(summary, console)
 

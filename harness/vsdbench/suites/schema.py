@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from vsdbench.config import Config
 from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule
@@ -96,6 +96,9 @@ class DrafterEntry(Config):
         checkpoint: Trained weights to use instead of the recipe's.
         options: Keyword arguments for the architecture.
         tree: What it proposes in one step.
+        images: ``shuffled`` is a negative control: the drafter's prompt shows another prompt's pictures, the target's
+            its own (``vsdbench.bench.exchange`` says exactly what is exchanged). Name it beside its twin, an entry that
+            differs in name alone and has its ``own``, and the fall of tau between the two is told.
     """
 
     name: DrafterName
@@ -104,6 +107,24 @@ class DrafterEntry(Config):
     checkpoint: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     tree: TreeConfig = TreeConfig()
+    images: Literal["own", "shuffled"] = "own"
+
+    @model_validator(mode="after")
+    def _control_has_its_twins_tree(self) -> DrafterEntry:
+        if self.images == "shuffled" and self.tree.kind == "auto":
+            raise ValueError(
+                "an automatic tree is chosen by measuring, so 'images: shuffled' would get another one than the "
+                "drafter it is a control of; give both a tree of one kind, budget, depth and top_k"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_images_go_without_saying(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the default out, so that runs from before there were controls are still the same runs."""
+        written: dict[str, Any] = write(self)
+        if self.images == "own":
+            del written["images"]
+        return written
 
 
 class PeerEntry(Config):
@@ -155,6 +176,13 @@ class SuiteConfig(Config):
     peers: list[PeerEntry] = Field(default_factory=list)
     seed: int = Field(default=0, ge=0)
     expected_prompts_sha256: Sha256 | None = None
+
+    def control_of(self, entry: DrafterEntry) -> str | None:
+        """Return the name of the drafter that an entry is the control of: its twin that sees its own pictures."""
+        if entry.images == "own":
+            return None
+        twin = entry.model_copy(update={"images": "own"})
+        return next((e.name for e in self.drafters if e == twin.model_copy(update={"name": e.name})), None)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> SuiteConfig:
