@@ -123,7 +123,7 @@ def other_pictures(runs: Sequence[Run]) -> Section | None:
     )
     text = (
         "Does a drafter use the picture? In this control its prefill gets the prompt as the target reads it with "
-        "another prompt's picture, while the target itself sees the true one, so the answers stay the same. A fall of τ in "
+        "another prompt's picture, while the target itself sees the true one, so answers stay the same. A fall of τ in "
         "[[table:other-pictures]] says that it does; an interval that holds 0, that it was not shown. It is not what a "
         "picture is worth: a wrong one may mislead, and what later steps draft from, the target's features of the "
         "generated tokens, still knows the true one."
