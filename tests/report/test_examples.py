@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from vsdbench.bench.spans import drawn
 from vsdbench.cli import app
+from vsdbench.report.document import build
+from vsdbench.report.facts import load_run
 from vsdbench.report.paper import write_report
 from vsdbench.report.spans import print_spans
 from vsdbench.store.examples import ExamplePrompt, Examples, load_examples, save_examples
@@ -47,6 +49,12 @@ def answer_in(folder, method, prompt):
     return record
 
 
+def drafted_in(folder, method, prompt):
+    """Draft tokens kept, a number a step; those of a synthetic run may go beyond the end of the answer."""
+    steps = answer_in(folder, method, prompt).steps
+    return [min(pair) for pair in zip(steps.num_accepted, steps.num_emitted, strict=True)]
+
+
 def test_the_report_draws_which_tokens_were_drafted(run, tmp_path):
     written = write_report([run], tmp_path / "r.pdf")
     assert tmp_path / "r/figures/0123456789abcdef.png" in written
@@ -58,8 +66,8 @@ def test_the_report_draws_which_tokens_were_drafted(run, tmp_path):
     assert "…" in first[: first.index("pictures:")]
     assert "(two pictures, not kept with the run)" in second
     assert "def f(x):\u21b5\u2192return" in second
-    record = answer_in(run, "eagle3-kl", "p0")
-    kept, emitted = record.steps.num_accepted, record.steps.num_emitted
+    emitted = answer_in(run, "eagle3-kl", "p0").steps.num_emitted
+    kept = drafted_in(run, "eagle3-kl", "p0")
     assert f"40 tokens in {len(kept)} steps" not in first  # the prefill's token is one more
     assert f"41 tokens in {len(kept)} steps, {sum(kept)} of them drafted" in first
     spans = re.findall(r'\("((?:[^"\\]|\\.)*)", (true|false), (\d+)\)', first.split("left:")[0])
@@ -82,22 +90,24 @@ def shown(word):
     return word.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def test_a_long_answer_is_cut_at_the_end_of_a_step(run, tmp_path, monkeypatch):
+def sections(folder):
+    return {section.title: section.blocks for section in build([load_run(folder)], title=None, files="x/").sections}
+
+
+def test_a_long_answer_is_cut_at_the_end_of_a_step(run, monkeypatch):
     monkeypatch.setattr("vsdbench.report.examples._MAX_TOKENS", 10)
-    write_report([run], tmp_path / "r.pdf")
-    source = (tmp_path / "r/report.typ").read_text(encoding="utf-8")
-    first = source.split("#example(")[1]
+    _, first, _ = sections(run)["Accepted spans"]
     emitted = answer_in(run, "eagle3-kl", "p0").steps.num_emitted
     whole = max(n for n in range(len(emitted)) if 1 + sum(emitted[:n]) <= 10)
-    assert f'left: "… {len(emitted) - whole} more steps"' in first
-    steps = re.findall(r", (?:true|false), (\d+)\)", first.split("left:")[0])
-    assert int(steps[-1]) == whole
+    answer = first.answers[0]
+    assert answer.left == f"… {len(emitted) - whole} more steps"
+    assert answer.spans[-1].step == whole
+    assert sum(span.num_tokens for span in answer.spans) == 1 + sum(emitted[:whole])
 
 
-def test_a_run_from_before_has_no_such_section_and_says_so_when_asked(make_run, store_run, tmp_path):
+def test_a_run_from_before_has_no_such_section_and_says_so_when_asked(make_run, store_run):
     old = store_run(make_run(num_prompts=3, num_repeats=1), "old")
-    write_report([old], tmp_path / "r.pdf")
-    assert "Accepted spans" not in (tmp_path / "r/report.typ").read_text(encoding="utf-8")
+    assert "Accepted spans" not in sections(old)
     done = CliRunner().invoke(app, ["show", "old", "--results", str(old.parent), "--spans"])
     assert done.exit_code == 2
     assert "has no example answers" in done.stderr
@@ -111,9 +121,8 @@ def drawing(run, **console):
 
 
 def test_the_terminal_underlines_drafted_tokens_and_brackets_them_without_colours(run):
-    steps = answer_in(run, "eagle3-kl", "p0").steps
-    kept, emitted = steps.num_accepted, steps.num_emitted
-    place = next(start for start, n in zip(starts(emitted), kept, strict=True) if n == 1)
+    kept, emitted = drafted_in(run, "eagle3-kl", "p0"), answer_in(run, "eagle3-kl", "p0").steps.num_emitted
+    place = next(start for start, n, e in zip(starts(emitted), kept, emitted, strict=True) if (n, e) == (1, 2))
     coloured = drawing(run, force_terminal=True, color_system="standard")
     assert f"\x1b[4;36m{WORDS[place]}\x1b[0m" in coloured
     plain = drawing(run, color_system=None)

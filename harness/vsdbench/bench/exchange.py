@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vsdbench.errors import ConfigError
@@ -23,6 +24,7 @@ from vsdbench.suites.prompts import Prompt, with_images
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
     from vsdbench.decoding.interfaces import Drafter, TargetState, TokenTree, TreeShape
@@ -84,11 +86,13 @@ def _fitted(images: Sequence[ImageRef], places: Sequence[ImageRef]) -> list[Imag
     fitted: list[ImageRef] = []
     for image, place in zip(images, places, strict=True):
         size = place.open().size
-        if image.open().size == size:
-            fitted.append(image)
-        else:
-            fitted.append(reference(lambda image=image, size=size: image.open().resize(size), f"{image.name}, scaled"))
+        fits = image.open().size == size
+        fitted.append(image if fits else reference(partial(_scaled, image, size), f"{image.name}, scaled"))
     return fitted
+
+
+def _scaled(image: ImageRef, size: tuple[int, int]) -> Image.Image:
+    return image.open().resize(size)
 
 
 class Misled:

@@ -40,7 +40,7 @@ def image_controls(
         families.setdefault((_family(drafter), _family(control)), []).append((drafter, control))
     seeing = frames[0][frames[0]["num_image_tokens"] > 0]
     found: list[dict[str, Any]] = []
-    for (mode, temperature), records in seeing.groupby(["mode", "temperature"], sort=True):
+    for (mode, _), records in seeing.groupby(["mode", "temperature"], sort=True):
         for (drafter, control), members in families.items():
             sides = [[metrics.select(records, frames[1], method=pair[side]) for pair in members] for side in (0, 1)]
             if any(part[1].empty for side in sides for part in side):
@@ -54,7 +54,7 @@ def image_controls(
                     "drafter": drafter,
                     "control": control,
                     "mode": mode,
-                    "temperature": float(temperature),
+                    "temperature": float(records["temperature"].iloc[0]),
                     "num_prompts": change.num_prompts,
                     "num_seeds": change.num_seeds,
                     "tau": tau[0],

@@ -91,7 +91,7 @@ def split(pieces: Sequence[str], num_accepted: Sequence[int], num_emitted: Seque
         yield Span(pieces[0], drafted=False, step=0, num_tokens=1)
         start = 1
         for step, (accepted, emitted) in enumerate(zip(num_accepted, num_emitted, strict=True), start=1):
-            middle, stop = start + accepted, start + emitted
+            middle, stop = start + min(accepted, emitted), start + emitted
             for drafted, part in ((True, pieces[start:middle]), (False, pieces[middle:stop])):
                 if part:
                     yield Span("".join(part), drafted, step, len(part))
@@ -100,9 +100,10 @@ def split(pieces: Sequence[str], num_accepted: Sequence[int], num_emitted: Seque
     return tuple(found())
 
 
-def answers_of(frames: Frames, mode: str, temperature: float, **equal: object) -> Frames:
+def answers_of(frames: Frames, mode: str, temperature: float, method: str | None = None) -> Frames:
     """Return drafters' records and steps of a mode that are shown: those of the first turn and repeat."""
-    return metrics.select(*frames, mode=mode, temperature=temperature, kind="drafter", turn=0, repeat=0, **equal)
+    shown = metrics.select(*frames, mode=mode, temperature=temperature, kind="drafter", turn=0, repeat=0)
+    return shown if method is None else metrics.select(*shown, method=method)
 
 
 def drawn(frames: Frames, examples: Examples, drafters: Sequence[str] = ()) -> list[Example]:
