@@ -11,6 +11,7 @@ from vsdbench.errors import ConfigError
 from vsdbench.pictures.scenes import CATEGORIES, Scene
 from vsdbench.suites.images import pixels_sha256
 from vsdbench.suites.loaders import Suite, load_config, load_suite
+from vsdbench.suites.schema import control_of
 
 SUITE = Path(__file__).parents[2] / "suites" / "pictures.yaml"
 
@@ -52,6 +53,6 @@ def test_splits_share_nothing_and_a_wrong_one_is_refused(suite: Suite) -> None:
 
 def test_the_control_has_a_twin_for_every_drafter_that_is_shown_another_picture() -> None:
     config, _, _ = load_config(SUITE.with_stem("pictures-control"))
-    twins = {entry.name: config.control_of(entry) for entry in config.drafters if entry.images == "shuffled"}
+    twins = {entry.name: control_of(entry, config.drafters) for entry in config.drafters if entry.images == "shuffled"}
     assert twins == {f"{name}-kl-shuffled": f"{name}-kl" for name in ("eagle3", "msd", "vispec")}
     assert config.expected_prompts_sha256 is not None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def exchanged_prompts(suite: Suite) -> dict[str, Prompt]:
-    """Return by id every prompt that has pictures, with those of another one; nothing if no drafter is shown them.
+    """Return by id every prompt that has pictures, with those of another one.
 
     All prompts with the same pictures get the same others, none of which is one of theirs, and as many. A picture of
     another size is scaled to the size of the one it stands for, so that it takes as many tokens. The suite's seed
@@ -42,8 +42,6 @@ def exchanged_prompts(suite: Suite) -> dict[str, Prompt]:
     Raises:
         ConfigError: There are no pictures, or not enough different ones.
     """
-    if all(entry.images == "own" for entry in suite.config.drafters):
-        return {}
     seeing = [prompt for prompt in suite.prompts if prompt.images]
     if not seeing:
         raise ConfigError("'images: shuffled' is for prompts with pictures, and this suite has none: leave it out.")

@@ -20,6 +20,7 @@ from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
 from vsdbench.models.source import fingerprint
+from vsdbench.suites.schema import control_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +95,7 @@ def build_methods(
     ]
     methods = [_baseline(name, target) for name in suite.baselines]
     for entry, builder in zip(suite.drafters, builders, strict=True):
-        method = replace(_drafter(entry, builder, target, console), control_of=suite.control_of(entry))
+        method = replace(_drafter(entry, builder, target, console), control_of=control_of(entry, suite.drafters))
         if entry.tree.kind == "auto":
             known = (chosen or {}).get(entry.name, {})
             measured_on = (target, calibration)

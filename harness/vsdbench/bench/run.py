@@ -141,7 +141,8 @@ def run_suite(
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, options, console)
     check_images(target, suite)  # before anything is trained
-    exchanged_prompts(suite)  # likewise
+    if any(entry.images == "shuffled" for entry in suite.config.drafters):
+        exchanged_prompts(suite)  # likewise
     key = run_key(suite, target)
     found = _find_resumable(key, options, console)
     methods = build_methods(

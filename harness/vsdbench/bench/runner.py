@@ -101,7 +101,8 @@ class Runner:
         self._on_progress = on_progress
         self._run_id = str(store.manifest["run_id"])
         self._references = self._stored_references()
-        self._exchanged = exchanged_prompts(suite)
+        is_control = any(isinstance(method.drafter, Misled) for method in methods)
+        self._exchanged = exchanged_prompts(suite) if is_control else {}
 
     @property
     def total(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -127,6 +128,14 @@ class DrafterEntry(Config):
         return written
 
 
+def control_of(entry: DrafterEntry, drafters: Sequence[DrafterEntry]) -> str | None:
+    """Return the name of the drafter that an entry is the control of: its twin that sees its own pictures."""
+    if entry.images == "own":
+        return None
+    twin = entry.model_copy(update={"images": "own"})
+    return next((other.name for other in drafters if other == twin.model_copy(update={"name": other.name})), None)
+
+
 class PeerEntry(Config):
     """Another implementation of a decode loop, measured on the same weights beside the drafters.
 
@@ -176,13 +185,6 @@ class SuiteConfig(Config):
     peers: list[PeerEntry] = Field(default_factory=list)
     seed: int = Field(default=0, ge=0)
     expected_prompts_sha256: Sha256 | None = None
-
-    def control_of(self, entry: DrafterEntry) -> str | None:
-        """Return the name of the drafter that an entry is the control of: its twin that sees its own pictures."""
-        if entry.images == "own":
-            return None
-        twin = entry.model_copy(update={"images": "own"})
-        return next((e.name for e in self.drafters if e == twin.model_copy(update={"name": e.name})), None)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> SuiteConfig:
