@@ -5,7 +5,7 @@ Plain ``generate`` is halted every few seconds, between two of its steps, for as
 its steady state, so that whatever else the machine does slows both alike. Processor seconds are shown beside
 wall-clock time, because they say more on a machine that is doing other work.
 
-    python benchmarks/data_throughput.py smollm2-folder --slots 128 --json
+    python benchmarks/data_throughput.py --slots 128 --json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
+from vsdbench.errors import VsdbenchError
 from vsdbench.models import attention
+from vsdbench.models.device import choose_dtype
 from vsdbench.models.fused import FusedLayers, can_fuse
 from vsdbench.models.packed import Switch, can_pack, pack, unpack
+from vsdbench.models.source import fetch_model
 from vsdbench_drafters.training.answers import Request
 from vsdbench_drafters.training.data import shared_prefix
 from vsdbench_drafters.training.generate import SlotGenerator
@@ -187,22 +191,25 @@ def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Nam
 
 def main() -> None:
     """Measure both and print them."""
-    parser = argparse.ArgumentParser(description="Slot-wise decoding against plain batched generate.")
-    parser.add_argument("model", type=Path, help="a model folder with its tokenizer")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m-q4")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32 (default: auto)")
     parser.add_argument("--articles", type=Path, help="the JSON file of articles, instead of fetching it")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--turn", type=float, default=5.0, help="seconds after which the two take turns")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    target = _FolderTarget(options.model, getattr(torch, options.dtype))
+    try:
+        dtype = choose_dtype(options.dtype, torch.device("cpu"))
+        target = _FolderTarget(fetch_model(options.target, progress=not options.json).path, dtype)
+    except VsdbenchError as error:
+        sys.exit(f"error: {error}")
     articles = read_articles(options.articles) if options.articles else load_articles(progress=True)
     source = PromptSource(articles, seed=0)
     batch = [target.encode_chat(source[index].messages) for index in range(options.slots)]
-    results: dict[str, Any] = {"slots": options.slots, "threads": options.threads, "dtype": options.dtype}
+    results: dict[str, Any] = {"slots": options.slots, "threads": torch.get_num_threads()}
+    results["dtype"] = str(dtype).removeprefix("torch.")
     run_slots = slot_wise(target, source, options)
     clocks = alternate(target, batch, options.max_new_tokens, run_slots, options.turn)
     results |= {name: clock.rates() for name, clock in clocks.items()}

@@ -18,7 +18,9 @@ from rich.console import Console
 
 from vsdbench.bench.decode_step import measure_steps
 from vsdbench.bench.run import RunOptions, load_target
+from vsdbench.doctor import memory_bandwidth
 from vsdbench.errors import VsdbenchError
+from vsdbench.models.packed import PackedLinear
 
 
 def main() -> None:
@@ -40,10 +42,14 @@ def main() -> None:
             f"error: '{target.name}' runs its own layers in {target.dtype} on this CPU: there is nothing to compare."
         )
     lines = measure_steps(target, arguments.rows, context=arguments.context, repeats=arguments.repeats)
+    read = sum(layer.weight.nbytes for layer in target.model.modules() if isinstance(layer, PackedLinear))
+    reading_ms = 1e3 * read / memory_bandwidth(target.device)
     if arguments.json:
-        print(json.dumps({"threads": torch.get_num_threads(), "dtype": str(target.dtype), "lines": lines}))
+        found = {"threads": torch.get_num_threads(), "dtype": str(target.dtype).removeprefix("torch.")}
+        print(json.dumps(found | {"context": arguments.context, "reading_ms": reading_ms, "lines": lines}))
         return
     print(f"{torch.get_num_threads()} threads, {target.dtype}, context {arguments.context}; median milliseconds")
+    print(f"reading the weights takes {reading_ms:.1f} ms at this machine's memory bandwidth")
     print("rows  products       own  (ratio)     fused  (ratio)  own/fused")
     for line in lines:
         print(

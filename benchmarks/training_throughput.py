@@ -13,6 +13,7 @@ of the data as training keeps them; ``vsd-again`` is ``vsd`` without those.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,9 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vsdbench.models.device import choose_dtype
-from vsdbench.models.source import fetch_model
-from vsdbench.models.target import Target
+from vsdbench.bench.run import RunOptions, load_target
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.training.data import ensure_data
 from vsdbench_drafters.training.feature_files import cached_features
@@ -95,26 +94,25 @@ class Runner:
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m-q4")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32 (default: auto)")
     parser.add_argument("--objectives", default="kl,ce,topk,onpolicy,vsd")
     parser.add_argument("--recipe", default="eagle3-kl-quickstart", help="whose data")
     parser.add_argument("--steps", type=int, default=4, help="steps of training-time test")
     parser.add_argument("--vocabulary", type=int, default=8192, help="draft vocabulary")
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", type=Path, help="start from this drafter, so that proposals are real ones")
     parser.add_argument("--options", default=_OPTIONS, help="options of path objectives, as YAML")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     import yaml  # noqa: PLC0415 - for one option
 
     options = yaml.safe_load(args.options)
-    console = Console(width=150)
-    found = fetch_model("smollm2-135m-q4", progress=True)
-    device = torch.device("cpu")
-    dtype = choose_dtype("auto", device)
-    target = Target.load(found.path, name="smollm2-135m-q4", fingerprint=found.fingerprint, device=device, dtype=dtype)
+    console = Console(width=150, stderr=True)
+    target = load_target(args.target, RunOptions(device="cpu", dtype=args.dtype), console)
+    dtype = target.dtype
     data = ensure_data(load_recipe(args.recipe).data, target, console=console)
     vocabulary, _ = draft_vocabulary(data.sequences, target.vocab_size, args.vocabulary, sorted(target.eos_ids))
     rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.sequences]
@@ -147,20 +145,44 @@ def main() -> None:
                     runner.spent.clear()
                     runner.rates.clear()
             first += size
-    console.print(table(runners, args.batches))
+    result = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"objectives": lines(runners, args.batches)}
+    if args.json:
+        print(json.dumps(result))
+    else:
+        Console(width=150).print(table(result["objectives"]))
 
 
-def table(runners: list[Runner], num_batches: int) -> Table:
+def lines(runners: list[Runner], num_batches: int) -> list[dict[str, Any]]:
+    """Return one line an objective: tokens a second by both clocks, ratios to the first, milliseconds a part."""
+    first = runners[0].medians()
+    return [
+        {
+            "objective": runner.name,
+            "tokens_per_s": runner.medians()[0],
+            "ratio": runner.medians()[0] / first[0],
+            "tokens_per_processor_s": runner.medians()[1],
+            "ratio_by_processor": runner.medians()[1] / first[1],
+            "processor_ms": {part: 1e3 * spent / num_batches for part, spent in runner.spent.items()},
+        }
+        for runner in runners
+    ]
+
+
+def table(objectives: list[dict[str, Any]]) -> Table:
     """Return rates, ratios to the first objective, and the processor milliseconds a batch of every part."""
     parts = ["batch", "loss", *_INSIDE, "backward", "optimiser"]
     columns = ("objective", "tokens/s", "ratio", "tokens/CPU-s", "ratio")
     found = Table(*columns, *[f"{part} CPU-ms" for part in parts])
-    first = runners[0].medians()
-    for runner in runners:
-        rates = zip(runner.medians(), first, strict=True)
-        shown = [f"{1e3 * runner.spent[part] / num_batches:.0f}" if part in runner.spent else "" for part in parts]
+    for line in objectives:
+        spent = line["processor_ms"]
         found.add_row(
-            runner.name, *[text for rate, of in rates for text in (f"{rate:,.0f}", f"{rate / of:.2f}")], *shown
+            line["objective"],
+            f"{line['tokens_per_s']:,.0f}",
+            f"{line['ratio']:.2f}",
+            f"{line['tokens_per_processor_s']:,.0f}",
+            f"{line['ratio_by_processor']:.2f}",
+            *[f"{spent[part]:.0f}" if part in spent else "" for part in parts],
         )
     return found
 

@@ -84,13 +84,13 @@ def test_a_wrong_mask_wrong_positions_or_a_missing_window_is_detected(family, fa
     state = begun(target)
     if fault == "mask":  # siblings see each other, as in a plain causal forward
         causal = torch.ones(len(TREE) + 1, len(TREE) + 1, dtype=torch.bool).tril()
-        monkeypatch.setattr("vsdbench.models.target.ancestor_mask", lambda *_: causal)
+        monkeypatch.setattr("vsdbench.models.masks.ancestor_mask", lambda *_: causal)
         tree = TREE
     elif fault == "positions":  # nodes stand at their index, not at their depth
         tree = type(TREE)(TREE.tokens, TREE.parents, range(1, len(TREE) + 1), TREE.log_probs)
     else:
         state.cache.reset()
-        target.window = 10**6
+        target.masks.window = 10**6
         state, tree = begun(target), TREE
     output = target.forward_tree(state, tree)
     assert largest_error(target, family, TREE, output, state.tokens) > 1e-2
@@ -282,7 +282,7 @@ def test_bfloat16_stays_near_the_exact_forward_and_a_wrong_mask_does_not(family,
 
     right = worst()
     causal = torch.ones(len(TREE) + 1, len(TREE) + 1, dtype=torch.bool, device=device).tril()
-    monkeypatch.setattr("vsdbench.models.target.ancestor_mask", lambda *_: causal)
+    monkeypatch.setattr("vsdbench.models.masks.ancestor_mask", lambda *_: causal)
     wrong = worst()
     assert right < 0.15
     assert wrong > 2 * right

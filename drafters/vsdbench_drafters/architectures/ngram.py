@@ -6,7 +6,9 @@ continuations, merged into one tree. Deterministic, so every verification rule a
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
 from vsdbench.errors import ConfigError
+
+_LOOKED_AT = 256
+"""Occurrences of one ending that are looked at, so that a step in a long text costs no more than in a short one."""
 
 
 class NgramDrafter:
@@ -85,12 +90,13 @@ class NgramDrafter:
         nodes = torch.tensor(found, dtype=torch.int64, device=device)
         return TokenTree(nodes, parents, depths, torch.zeros(len(found), device=device), has_probs=False)
 
-    def _matches(self, tokens: list[int]) -> list[int]:
-        """Return where continuations start: longer endings first, later occurrences first."""
-        starts: list[int] = []
+    def _matches(self, tokens: list[int]) -> Iterator[int]:
+        """Yield where continuations start: longer endings first, later occurrences first, not more than some of each.
+
+        A short ending may have occurred a thousand times in a long text, and most often with the same continuation.
+        """
         for size in range(min(self.max_ngram, len(tokens)), self.min_ngram - 1, -1):
-            starts += reversed(self._ends.get(tuple(tokens[-size:]), []))
-        return starts
+            yield from itertools.islice(reversed(self._ends.get(tuple(tokens[-size:]), [])), _LOOKED_AT)
 
 
 def build(target: object, *, checkpoint: Path | None, options: dict[str, Any]) -> NgramDrafter:

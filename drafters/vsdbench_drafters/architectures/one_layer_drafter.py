@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.decoding.tree import empty_tree, grow
+from vsdbench.models.masks import ContextMask
 from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from vsdbench_drafters.architectures.one_layer import OneLayerModel
 
 _SPARE_ROWS = 128
+_CHUNK = 1024
+"""Slots of a prompt that are taken in by one forward: a mask of all of them would grow with their square."""
 
 
 class PromptRows(NamedTuple):
@@ -73,6 +76,7 @@ class CachedLayer:
         self.down = Product(self.cast(mlp.down_proj.weight))
         self.head = Product(self.cast(model.head()))
         self.mlp_norm = self.cast(model.layer.post_attention_layernorm.weight)
+        self._mask = ContextMask(dtype, self.device)
         self.capacity = 0
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
 
@@ -148,9 +152,8 @@ class CachedLayer:
         queries = turned[:, :heads].reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
         mask = None
         if hide is not None:
-            mask = torch.zeros(count, stop, dtype=self.dtype, device=self.device)
-            mask[:, stop - hide.shape[1] :].masked_fill_(hide, -torch.inf)
-            mask = mask.repeat(heads // groups, 1)
+            last = torch.zeros(hide.shape, dtype=self.dtype, device=self.device).masked_fill_(hide, -torch.inf)
+            mask = self._mask.ending(last.repeat(heads // groups, 1), stop)
         attended = F.scaled_dot_product_attention(
             queries[None], self.keys[None, :, :stop], self.values[None, :, :stop], attn_mask=mask
         )
@@ -196,7 +199,9 @@ class OneLayerDrafter:
         if image_mask is not None and seen is not None and len(following) > 1:
             self._look(features[:-1], following[:-1], image_mask[1:], seen[1:])
         elif len(following) > 1:
-            self._absorb(features[:-1], following[:-1])
+            for part in range(0, len(following) - 1, _CHUNK):
+                until = min(part + _CHUNK, len(following) - 1)
+                self._absorb(features[part:until], following[part:until])
         self._pending.append((features[-1:], following[-1:]))
 
     @torch.inference_mode()

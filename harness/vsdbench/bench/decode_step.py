@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vsdbench.decoding.interfaces import TokenTree
-from vsdbench.decoding.tree import empty_tree
+from vsdbench.decoding.tree import any_chain
 from vsdbench.models.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def measure_steps(target: Target, rows: Sequence[int], *, context: int, repeats:
     state = target.prefill([index % target.vocab_size for index in range(context)], context + max(rows) + 1)
     state.tokens.append(1)
     fused = target.fused_layers
-    trees = {count: _chain(count - 1) for count in rows}
+    trees = {count: any_chain(count - 1, target.device) for count in rows}
 
     def forward(count: int, layers: FusedLayers | None) -> None:
         target.fused_layers = layers
@@ -72,17 +71,11 @@ def _line(rows: int, medians: dict[str, float]) -> dict[str, Any]:
         "products_ms": floor,
         "own_ms": own,
         "fused_ms": fused,
+        "step_ms": fused or own,
+        "step_over_products": (fused or own) / floor,
         "own_over_products": own / floor,
         "fused_over_products": None if fused is None else fused / floor,
     }
-
-
-def _chain(num_nodes: int) -> TokenTree:
-    """Return a chain of any tokens."""
-    if not num_nodes:
-        return empty_tree(torch.device("cpu"))
-    tokens = torch.arange(num_nodes) + 1
-    return TokenTree(tokens, range(-1, num_nodes - 1), range(1, num_nodes + 1), tokens.float())
 
 
 def _products(target: Target) -> Callable[[int], None]:

@@ -6,6 +6,7 @@ emits, are assumed as below and printed with the estimate.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -20,7 +21,8 @@ from vsdbench import registry
 from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
-from vsdbench.decoding.interfaces import TokenTree
+from vsdbench.decoding.tree import any_chain
+from vsdbench.models.branching import key_shape
 from vsdbench.models.device import synchronize
 from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.pictures.settings import check_is_built
@@ -67,7 +69,8 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
     decodes = turns * len(config.modes) * config.repeats
     tokens = decodes * config.generation.max_new_tokens * ANSWER_FILL
     longest = max(sum(len(turn) for turn in prompt.turns) for prompt in suite.prompts) // 3
-    context = longest + config.generation.max_new_tokens
+    scratch = 1 + max((entry.tree.budget for entry in config.drafters), default=0)
+    context = longest + config.generation.max_new_tokens + scratch
     sample: Sequence[int] = [i % min(100, target.vocab_size) for i in range(min(context, target.max_positions // 2))]
     if seeing := next((prompt for prompt in suite.prompts if prompt.images), None):
         sample = encode_turn(target, seeing, config.generation)
@@ -141,8 +144,7 @@ def _autoregressive(target: Target, prompt: Sequence[int]) -> tuple[float, float
 def _tree_forward_s(target: Target, budget: int, repeats: int = 5) -> float:
     """Return measured seconds of one target forward over a chain of ``budget`` draft tokens."""
     state = target.prefill([0, 1, 0, 1], budget + 64)
-    tokens = torch.ones(budget, dtype=torch.int64, device=target.device)
-    tree = TokenTree(tokens, range(-1, budget - 1), range(1, budget + 1), tokens.float())
+    tree = any_chain(budget, target.device)
     times = []
     for _ in range(repeats):
         synchronize(target.device)
@@ -191,14 +193,16 @@ def loaded_bytes(device: torch.device) -> int:
 
 def _memory_bytes(target: Target, context: int, training: Sequence[dict[str, Any]], num_drafters: int) -> int:
     """Return what comes on top of the loaded target: caches, drafters, statistics and figures, and training."""
-    config = target.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    cache = 2 * target.num_layers * heads * width * context * target.dtype.itemsize
+    cache = cache_bytes(target, context)
     drafter = num_drafters * 24 * target.hidden_size * target.hidden_size * target.dtype.itemsize
     logits = 3 * 64 * target.vocab_size * 4
     trained = max((entry["bytes"] + TRAINING_BYTES for entry in training if not entry["cached"]), default=0)
     return int(2 * cache + drafter + logits + REPORTING_BYTES + trained)
+
+
+def cache_bytes(target: Target, rows: int) -> int:
+    """Return the bytes of the target's cache for so many rows, from its config."""
+    return math.prod(key_shape(target)) * rows * target.dtype.itemsize
 
 
 def _available_bytes(device: torch.device) -> int:

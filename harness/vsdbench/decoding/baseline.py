@@ -114,13 +114,24 @@ def stop_reason(target: Target, tokens: Sequence[int], prompt: Sequence[int], se
 
 
 @torch.inference_mode()
-def hf_generate(target: Target, prompt: Sequence[int], settings: DecodeSettings) -> Generation:
+def hf_generate(
+    target: Target,
+    prompt: Sequence[int],
+    settings: DecodeSettings,
+    **more: Any,  # noqa: ANN401 - GenerationConfig's
+) -> Generation:
     """Return the answer of ``model.generate`` with its prefill and decode times (no steps: it has no trees).
+
+    Args:
+        target: The target.
+        prompt: Prompt token ids.
+        settings: Length and sampling.
+        **more: Further fields of the generation config: another kind of cache, say.
 
     Raises:
         ConfigError: The prompt is empty or longer than the target's context.
     """
-    config = generation_config(target, prompt, settings)
+    config = generation_config(target, prompt, settings, **more)
     clock = Clock(target.device)
     ids = torch.tensor([list(prompt)], device=target.device)
     images = on_device(target, prompt.inputs_for(len(prompt))) if isinstance(prompt, ImagePrompt) else {}

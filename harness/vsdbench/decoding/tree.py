@@ -54,6 +54,18 @@ def empty_tree(device: torch.device) -> TokenTree:
     return TokenTree(tokens=none, parents=(), depths=(), log_probs=none.float())
 
 
+def any_chain(num_nodes: int, device: torch.device) -> TokenTree:
+    """Return a chain of any tokens: what a forward over so many costs does not depend on what they are.
+
+    >>> any_chain(2, torch.device("cpu")).parents
+    range(-1, 1)
+    """
+    if num_nodes == 0:
+        return empty_tree(device)
+    tokens = torch.ones(num_nodes, dtype=torch.int64, device=device)
+    return TokenTree(tokens, range(-1, num_nodes - 1), range(1, num_nodes + 1), tokens.float())
+
+
 def grow(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator: torch.Generator) -> TokenTree:
     """Return a tree of at most ``shape.budget`` nodes proposed by ``scorer``.
 

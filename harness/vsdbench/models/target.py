@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vsdbench.decoding.interfaces import TargetOutput, TokenTree
-from vsdbench.decoding.tree import ancestor_mask
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
 from vsdbench.models.encoding import ImageEncoder, Message, make_encoder
@@ -30,8 +29,12 @@ from vsdbench.models.image_prefill import read_images
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import PreallocatedCache
 from vsdbench.models.loading import choose_attention, eos_ids, layer_stack, load_model
+from vsdbench.models.masks import Masks
 from vsdbench.models.packed import can_pack, pack, unpack
 from vsdbench.models.state import SequenceState
+
+_CHUNK = 1024
+"""Tokens of a prompt that are read in one forward: the mask of a long prompt as a whole would grow with its square."""
 
 
 class Target:
@@ -48,6 +51,7 @@ class Target:
         max_positions: Tokens that its position embedding allows.
         feature_layers: The three layers whose inputs are the features, ``(2, n // 2, n - 3)`` as in EAGLE-3.
         eos_ids: Tokens that end an answer.
+        masks: Makes its attention masks.
         fused_layers: What runs in the place of the model's own layers; None where those run.
     """
 
@@ -70,10 +74,11 @@ class Target:
         self.config = model.config.get_text_config()
         self.attention = choose_attention(self.config) if attention_name == "auto" else attention_name
         model.set_attn_implementation(self.attention)
-        self._groups = attention.groups(model.get_decoder()) if self.attention == attention.NAME else 1
+        groups = attention.groups(model.get_decoder()) if self.attention == attention.NAME else 1
         self._packing = pack(model) if packed and can_pack(model.device, model.dtype) else None
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.masks = Masks(self.config, groups=groups, name=name, dtype=self.dtype, device=self.device)
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
@@ -81,13 +86,6 @@ class Target:
         self._stack, self._layers_name = layer_stack(model, self.config.num_hidden_layers, name)
         self.num_layers = len(self._layers())
         self.eos_ids = eos_ids(model, tokenizer)
-        self.window: int | None = getattr(self.config, "sliding_window", None)
-        self._layer_types = set(getattr(self.config, "layer_types", None) or [])
-        if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
-            raise ConfigError(
-                f"'{name}' has layers of {', '.join(sorted(unknown))}, which cannot verify a tree: "
-                "use a target whose layers are all of full or sliding attention."
-            )
         self._entering: dict[int, Tensor] = {}
         self._last = torch.empty(0)
         self._hooks: list[RemovableHandle] = []
@@ -147,6 +145,7 @@ class Target:
             unpack(self.model)
             self._packing = self.fused_layers = None
         self.device = device
+        self.masks.move(device)
         return self._layers()
 
     def _layers(self) -> nn.ModuleList:
@@ -171,6 +170,11 @@ class Target:
     def reads_images(self) -> bool:
         """Whether prompts may have images."""
         return isinstance(self.encoder, ImageEncoder)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a sliding layer sees; None where none slides."""
+        return self.masks.window
 
     @property
     def template_hash(self) -> str:
@@ -215,16 +219,20 @@ class Target:
 
     def _read(self, state: SequenceState, start: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Append n tokens of the prompt to the cache; return their ``[n, 4H]`` features and ``[1, V]`` logits."""
-        stop = start + len(tokens)
-        keys = torch.arange(stop, device=self.device)
-        positions = keys[start:]
-        causal = positions[:, None] >= keys[None, :]
-        ids = torch.tensor(tokens, device=self.device)
-        logits = self.forward(
-            ids, positions, causal, keys, state.cache, logits_to_keep=1, position_offset=state.position_offset
-        )
-        state.cache.length = stop
-        return self._features(), logits
+        features = []
+        end = start + len(tokens)
+        for first in range(start, end, _CHUNK):
+            stop = min(first + _CHUNK, end)
+            keys = torch.arange(stop, device=self.device)
+            positions = keys[first:]
+            causal = positions[:, None] >= keys[None, :]
+            ids = torch.tensor(tokens[first - start : stop - start], device=self.device)
+            logits = self.forward(
+                ids, positions, causal, keys, state.cache, logits_to_keep=1, position_offset=state.position_offset
+            )
+            state.cache.length = stop
+            features.append(self._features())
+        return torch.cat(features), logits
 
     @torch.inference_mode()
     def forward_tree(self, state: SequenceState, tree: TokenTree) -> TargetOutput:
@@ -236,19 +244,10 @@ class Target:
         """
         committed = state.cache.length
         root = torch.tensor(state.tokens[-1:], device=self.device)
-        if not len(tree):
-            ids, depths = root, torch.zeros(1, dtype=torch.int64, device=self.device)
-            visible = torch.ones(1, committed + 1, dtype=torch.bool, device=self.device)
-        else:
-            ids = torch.cat([root, tree.tokens])
-            depths = torch.tensor([0, *tree.depths], device=self.device)
-            among = ancestor_mask(tree.parents, self.device)
-            visible = torch.cat([among.new_ones(len(tree) + 1, committed), among], dim=1)
-        positions = depths + committed
-        key_positions = torch.cat([torch.arange(committed, device=self.device), positions])
-        logits = self.forward(
-            ids, positions, visible, key_positions, state.cache, position_offset=state.position_offset
-        )
+        ids = torch.cat([root, tree.tokens]) if len(tree) else root
+        positions = torch.tensor([0, *tree.depths], device=self.device) + committed
+        masks = self.masks.of_tree(tree.parents, positions, committed)
+        logits = self._run(ids, positions + state.position_offset, masks, state.cache)
         return TargetOutput(logits, self._features())
 
     @torch.inference_mode()
@@ -260,7 +259,7 @@ class Target:
             positions: ``[n]`` positions.
             visible: ``[n, n]`` bool: which of these tokens each one attends to.
         """
-        mask = self._masks(positions, visible, positions)
+        mask = self.masks.of(positions, visible, positions)
         output = self.model.get_decoder()(
             input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False
         )
@@ -291,9 +290,18 @@ class Target:
             logits_to_keep: Rows of logits wanted; 0 means all.
             position_offset: Added to what the model's position embedding is told.
         """
-        masks = self._masks(positions, visible, key_positions)
-        if position_offset:
-            positions = positions + position_offset
+        masks = self.masks.of(positions, visible, key_positions)
+        return self._run(ids, positions + position_offset, masks, cache, logits_to_keep)
+
+    def _run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        masks: Tensor | dict[str, Tensor],
+        cache: PreallocatedCache,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Return what ``forward`` does, from positions as the model counts them and additive masks."""
         if self.fused_layers is not None:
             embedded = self.embed_tokens(ids)
             kept: dict[int, Tensor] = dict.fromkeys(self.feature_layers, embedded)
@@ -312,25 +320,6 @@ class Target:
         )
         logits: Tensor = output.logits[0]
         return logits
-
-    def _masks(self, positions: Tensor, visible: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """Return the additive mask ``[1, 1, n, K]``, or one a layer type where the model mixes them."""
-
-        def additive(keep: Tensor) -> Tensor:
-            mask = torch.zeros(keep.shape, dtype=self.dtype, device=self.device)
-            mask = mask.masked_fill_(~keep, torch.finfo(self.dtype).min)[None, None]
-            return attention.stack_mask(mask, self._groups)  # once, and not once a layer
-
-        sliding = "sliding_attention" in self._layer_types
-        if self._layer_types and not sliding:
-            full = additive(visible)
-            return dict.fromkeys(self._layer_types, full) if len(self._layer_types) > 1 else full
-        if self.window is None:
-            return additive(visible)
-        windowed = additive(visible & (positions[:, None] - key_positions[None, :] < self.window))
-        if not self._layer_types:  # Mistral: every layer slides
-            return windowed
-        return {"full_attention": additive(visible), "sliding_attention": windowed}
 
     # ---- the layers ----
 
