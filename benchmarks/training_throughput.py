@@ -145,12 +145,12 @@ def main() -> None:
                     runner.spent.clear()
                     runner.rates.clear()
             first += size
-    result = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
-    result |= {"objectives": lines(runners, args.batches)}
+    objectives = lines(runners, args.batches)
     if args.json:
-        print(json.dumps(result))
+        found = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
+        print(json.dumps(found | {"objectives": objectives}))
     else:
-        Console(width=150).print(table(result["objectives"]))
+        Console(width=150).print(table(objectives))
 
 
 def lines(runners: list[Runner], num_batches: int) -> list[dict[str, Any]]:

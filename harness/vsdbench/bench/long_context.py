@@ -8,6 +8,7 @@ The longest context is read once; the shorter ones are its beginnings, whose key
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,7 @@ def measure_contexts(
         for state, count in zip(states, contexts, strict=True):
             for name, tree in steps.items():
                 state.cache.length = count
-                elapsed = _timed_ms(target, lambda state=state, tree=tree: target.forward_tree(state, tree))
+                elapsed = _timed_ms(target, functools.partial(target.forward_tree, state, tree))
                 if repeat >= WARM_UP:
                     times[name, count].append(elapsed)
     drafted = {
@@ -126,14 +127,11 @@ def _draft_ms(  # noqa: PLR0917 - what measure_contexts has
             del state.tokens[count + 1 :]
             drafter.begin(state, count + shape.budget + 2 + repeats + WARM_UP)
             for repeat in range(repeats + WARM_UP):
-
-                def draft(state: SequenceState = state) -> None:
-                    drafter.propose(state, shape, temperature=0.0, generator=generator)
-
-                elapsed = _timed_ms(target, draft)
+                propose = functools.partial(drafter.propose, state, shape, temperature=0.0, generator=generator)
+                elapsed = _timed_ms(target, propose)
                 features = target.forward_tree(state, any_chain(0, target.device)).features
                 state.commit([], [state.prompt[repeat]])
-                elapsed += _timed_ms(target, lambda state=state, features=features: drafter.commit(state, 0, features))
+                elapsed += _timed_ms(target, functools.partial(drafter.commit, state, 0, features))
                 if repeat >= WARM_UP:
                     times[count].append(elapsed)
     return {count: statistics.median(found) for count, found in times.items()}

@@ -86,7 +86,7 @@ class Masks:
             visible: ``[n, K]`` bool: which keys each token attends to.
             key_positions: ``[K]`` positions of the keys, for sliding windows.
         """
-        if not self._slides:
+        if self.window is None or not self._slides:
             return self._of_types(self._additive(visible))
         windowed = self._additive(visible & (positions[:, None] - key_positions[None, :] < self.window))
         if not self._layer_types:  # Mistral: every layer slides
