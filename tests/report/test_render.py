@@ -9,7 +9,7 @@ import pytest
 import typst
 
 from vsdbench.report.model import MINUS, MISSING, Cell, Document, Section, Table, estimate, named, words
-from vsdbench.report.render import literal, plain, to_csv, to_latex, to_markdown, to_typst, typst_table
+from vsdbench.report.render import literal, plain, to_csv, to_latex, to_markdown, to_typst
 
 NASTY = [
     "a_b", "50%", "#1", "$5", "x&y", "@ref", "*bold*", "a|b", "[x]", "~n^2", "{y}", r"back\slash", 'say "hi"', "<tag>",
@@ -89,10 +89,11 @@ def test_a_typst_literal_is_the_text(name):
 
 
 def test_a_typst_table_is_set_as_it_is():
-    pdf = typst.compile(set_alone(typst_table(table())), ignore_system_fonts=True)
-    assert pdf.startswith(b"%PDF")
+    text = typst_of(document(sections=(Section("A", (table(),)),)))
+    call = text[text.index("#data-table(") :]
+    assert typst.compile(set_alone(call), ignore_system_fonts=True).startswith(b"%PDF")
     for name in NASTY:
-        assert f"cell({literal(name)}" in typst_table(table())
+        assert f"cell({literal(name)}" in call
 
 
 def set_alone(call):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-LETTER_WIDTH, LETTER_HEIGHT = 5, 7
+LETTER_WIDTH = 5
 
 _ROWS = {  # seven rows a letter, each a number of five bits, the left column first
     "A": (0x0E, 0x11, 0x11, 0x1F, 0x11, 0x11, 0x11),

@@ -170,11 +170,6 @@ def to_typst(document: Document, *, template: str, figures: str, size_pt: float,
     return f"{head}\n{body}\n\n" + (f"#references({cited})\n" if cited else "")
 
 
-def typst_table(table: Table) -> str:
-    """Return the call that sets one table, as Typst source."""
-    return _Typst({}, "").table(table)
-
-
 def literal(text: str) -> str:
     r"""Return a Typst string literal.
 
