@@ -130,7 +130,7 @@ def test_select_keeps_steps_of_the_chosen_records(frames):
     records, steps = metrics.select(*frames, prompt_id="p0", turn=1)
     assert records.index.tolist() == [1]
     assert steps["num_accepted"].tolist() == [3]
-    assert metrics.tau_prompt_mean(records, steps) == 2.0
+    assert metrics.tau_prompt_mean(metrics.emitted_and_steps(records, steps)) == 2.0
 
 
 def test_nothing_measured_is_none_and_never_nan(make_record):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from vsdbench.bench import paired, stats
+from vsdbench.bench import metrics, paired, stats
 from vsdbench.store.store import to_frames
 
 
@@ -108,7 +108,7 @@ def test_one_seed_gives_the_bca_interval_over_prompts(make_record):
     rng = np.random.default_rng(0)
     ours, theirs = (timed(make_record, rng.gamma(4, size=25)) for _ in range(2))
     got = paired.speedup_difference([ours], [theirs])
-    assert_widened_bca(got, stats.speedup(ours[0], theirs[0], seed=0), 25)
+    assert_widened_bca(got, stats.speedup(stats.log_ratios(ours[0], theirs[0]), seed=0), 25)
     assert (got.num_prompts, got.num_seeds) == (25, 1)
 
 
@@ -116,7 +116,16 @@ def test_one_seed_of_tau_gives_the_ratio_of_pooled_sums():
     rng = np.random.default_rng(1)
     ours, theirs = (counted(rng, centre + 0.2 * rng.normal(size=20)) for centre in (1.0, 0.8))
     got = paired.tau_difference([ours], [theirs])
-    assert_widened_bca(got, stats.tau_ratio(ours, theirs, seed=0), 20)
+    sums = [metrics.emitted_and_steps(*side).to_numpy(np.float64).T for side in (ours, theirs)]
+
+    def ratio(*parts, axis=-1):
+        emitted, steps, other_emitted, other_steps = (part.sum(axis=axis) for part in parts)
+        return (emitted / steps) / (other_emitted / other_steps)
+
+    samples = [*sums[0], *sums[1]]
+    bootstrap = scipy_stats.bootstrap(samples, ratio, paired=True, rng=np.random.default_rng(0))
+    expected = stats.Estimate(value=ratio(*samples), ci=tuple(bootstrap.confidence_interval), num_units=20)
+    assert_widened_bca(got, expected, 20)
 
 
 def test_seeds_are_pooled_by_hand(make_record):

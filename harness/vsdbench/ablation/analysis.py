@@ -129,4 +129,4 @@ def _pooled_tau(members: Sequence[Frames], bootstrap: Mapping[str, int]) -> stat
     records, steps = (pd.concat(parts) for parts in zip(*members, strict=True))
     if not len(steps):
         return stats.Estimate(value=None, ci=None, num_units=0)
-    return stats.pooled_tau(records, steps, **bootstrap)
+    return stats.pooled_tau(metrics.emitted_and_steps(records, steps), **bootstrap)

@@ -48,10 +48,13 @@ def tau_accepted_plus_one(steps: pd.DataFrame) -> float | None:
     return _ratio(steps["num_accepted"].sum() + len(steps), len(steps))
 
 
-def tau_prompt_mean(records: pd.DataFrame, steps: pd.DataFrame) -> float | None:
-    """Return the mean over prompts of each prompt's own tau, so that short answers weigh as much as long ones."""
-    per_prompt = emitted_and_steps(records, steps)
-    return _mean(per_prompt["num_emitted"] / per_prompt["num_steps"])
+def tau_prompt_mean(by_prompt: pd.DataFrame) -> float | None:
+    """Return the mean over prompts of each prompt's own tau, so that short answers weigh as much as long ones.
+
+    Args:
+        by_prompt: As ``emitted_and_steps`` gives it.
+    """
+    return _mean(by_prompt["num_emitted"] / by_prompt["num_steps"])
 
 
 def tau_answer_mean(steps: pd.DataFrame) -> float | None:
@@ -65,11 +68,19 @@ def tau_with_prefill(records: pd.DataFrame, steps: pd.DataFrame) -> float | None
     return _ratio(steps["num_emitted"].sum() + answers, len(steps) + answers)
 
 
-def tau_definitions(records: pd.DataFrame, steps: pd.DataFrame) -> dict[str, float | None]:
-    """Return every definition of tau found in the literature by name; ``pooled`` is the one used everywhere else."""
+def tau_definitions(
+    records: pd.DataFrame, steps: pd.DataFrame, by_prompt: pd.DataFrame | None = None
+) -> dict[str, float | None]:
+    """Return every definition of tau found in the literature by name; ``pooled`` is the one used everywhere else.
+
+    Args:
+        records: Rows of the records frame.
+        steps: Their steps.
+        by_prompt: What ``emitted_and_steps`` gives of both, where it is known already.
+    """
     return {
         "pooled": tau(steps),
-        "prompt_mean": tau_prompt_mean(records, steps),
+        "prompt_mean": tau_prompt_mean(emitted_and_steps(records, steps) if by_prompt is None else by_prompt),
         "answer_mean": tau_answer_mean(steps),
         "without_bonus": tau_without_bonus(steps),
         "accepted_plus_one": tau_accepted_plus_one(steps),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, Floats, Interval, log_ratios
+from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, BCa, Floats, Interval, log_ratios, resamples
 
 Frames: TypeAlias = tuple[pd.DataFrame, pd.DataFrame]
 """``(records, steps)`` as ``store.frames.to_frames`` gives them, of one method and mode."""
@@ -36,8 +36,6 @@ ALPHA = 0.05
 _Statistic: TypeAlias = Callable[[Floats], tuple[Floats, Floats]]
 """Weights of prompts ``[R, P]`` to the log-ratio of each seed ``[R, S]`` and of all seeds together ``[R]``."""
 
-_MAX_ELEMENTS = 2_000_000  # weights held at once
-_MAX_KEPT = 20_000_000  # weights kept for the next comparison of as many prompts, two bytes each
 _BISECTIONS = 30  # p to 1e-9
 
 
@@ -193,8 +191,7 @@ class _Uncertainty:
     Attributes:
         value: The estimate.
         resamples: ``[R]`` its values over resampled prompts, sorted.
-        bias: BCa's z0.
-        acceleration: BCa's a; None where BCa is undefined and percentiles are taken.
+        correction: Of the tails; None where BCa is undefined and percentiles are taken.
         seed_error: Standard error that the seeds add; 0 with one seed.
         num_prompts: P.
         num_seeds: S.
@@ -202,8 +199,7 @@ class _Uncertainty:
 
     value: float
     resamples: Floats
-    bias: float
-    acceleration: float | None
+    correction: BCa | None
     seed_error: float
     num_prompts: int
     num_seeds: int
@@ -211,10 +207,7 @@ class _Uncertainty:
     def interval(self, alpha: float) -> Interval:
         """Return the interval of confidence ``1 - alpha``; it grows as ``alpha`` falls and always holds the value."""
         tails = np.array([alpha / 2, 1 - alpha / 2])
-        if self.acceleration is not None:
-            z = self.bias + special.ndtri(tails)
-            tails = special.ndtr(self.bias + z / (1 - self.acceleration * z))
-        low, high = np.quantile(self.resamples, tails)
+        low, high = np.quantile(self.resamples, tails if self.correction is None else self.correction.tails(tails))
         wider = _small_sample(alpha, self.num_prompts)
         half = self.seed_error * special.stdtrit(self.num_seeds - 1, 1 - alpha / 2) if self.seed_error else 0.0
         return (
@@ -253,37 +246,16 @@ def _difference(statistic: _Statistic, num_prompts: int, *, seed: int, num_resam
 
 def _uncertainty(statistic: _Statistic, n: int, seed: int, num_resamples: int) -> _Uncertainty:
     by_seed, together = (part[0] for part in statistic(np.ones((1, n))))
-    drawn = [statistic(weights.astype(np.float64)) for weights in _resamples(n, seed, num_resamples)]
-    resamples = np.sort(np.concatenate([part[1] for part in drawn]))
-    below = (np.mean(resamples < together) + np.mean(resamples <= together)) / 2
+    drawn = [statistic(weights) for weights in resamples(n, seed, num_resamples)]
+    distribution = np.sort(np.concatenate([part[1] for part in drawn]))
     return _Uncertainty(
         value=float(together),
-        resamples=resamples,
-        bias=float(special.ndtri(below)),
-        acceleration=_acceleration(statistic, n) if 0 < below < 1 else None,
+        resamples=distribution,
+        correction=BCa.of(distribution, float(together), statistic(1.0 - np.eye(n))[1]),
         seed_error=_seed_error(by_seed, np.concatenate([part[0] for part in drawn]), n),
         num_prompts=n,
         num_seeds=len(by_seed),
     )
-
-
-def _resamples(n: int, seed: int, num_resamples: int) -> Iterable[NDArray[np.integer[Any]]]:
-    """Return batches ``[R, n]`` of how often each prompt was drawn; arms share them, so they are drawn once."""
-    if n * num_resamples > _MAX_KEPT or n > np.iinfo(np.uint16).max:
-        return _draw(n, seed, num_resamples)
-    return _kept(n, seed, num_resamples)
-
-
-@functools.lru_cache(maxsize=4)
-def _kept(n: int, seed: int, num_resamples: int) -> tuple[NDArray[np.uint16], ...]:
-    return tuple(weights.astype(np.uint16) for weights in _draw(n, seed, num_resamples))
-
-
-def _draw(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
-    rng = np.random.default_rng(seed)
-    batch = max(1, _MAX_ELEMENTS // n)
-    for start in range(0, num_resamples, batch):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(batch, num_resamples - start))
 
 
 def _small_sample(alpha: float, n: int) -> float:
@@ -294,17 +266,6 @@ def _small_sample(alpha: float, n: int) -> float:
     largest prompt either, so that of four prompts one arm wins all of in an eighth of all experiments it would be sure.
     """
     return float(special.stdtrit(n - 1, 1 - alpha / 2) / special.ndtri(1 - alpha / 2)) * math.sqrt(n / (n - 1))
-
-
-def _acceleration(statistic: _Statistic, n: int) -> float | None:
-    """Return BCa's a by the jackknife over prompts; None for fewer than three prompts or without variation."""
-    left_out = statistic(1.0 - np.eye(n))[1]
-    deviations = left_out.mean() - left_out
-    squares = float(np.sum(deviations**2))
-    if n < 3 or squares == 0:
-        return None
-    cubes = float(np.sum(deviations**3))
-    return cubes / (6 * math.pow(squares, 1.5))
 
 
 def _seed_error(by_seed: Floats, drawn: Floats, n: int) -> float:

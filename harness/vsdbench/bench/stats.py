@@ -3,21 +3,23 @@
 The speedup of a method is analysed as the log-ratio of seconds a token, baseline over method, one value a prompt
 (repeats averaged, turns pooled). "On this suite" is a BCa bootstrap over prompts; "on new domains" treats categories as
 the sample. Every function that draws takes a seed. What is undefined is None, never NaN.
+
+What is resampled here is a ratio of sums over prompts (a mean is one, over a sum of ones), so a resample need only say
+how often each prompt was drawn, and all statistics of as many prompts share the same resamples.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from vsdbench.bench import metrics
 
@@ -26,8 +28,9 @@ Interval: TypeAlias = tuple[float, float]
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
-_MAX_ELEMENTS = 2_000_000  # resampled values held at once
-_MAX_KEPT = 20_000_000  # draws kept for the next statistic of as many units, two bytes each
+_BATCH = 250_000  # counts held at once, few enough for a processor's cache
+_MAX_KEPT = 20_000_000  # counts kept for the next statistic of as many units, two bytes each
+_ROUNDING = 1e-12  # by which the same units, added up in another order, may differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,84 +53,106 @@ class Estimate:
         return Estimate(value=None if self.value is None else function(self.value), ci=ci, num_units=self.num_units)
 
 
-def bootstrap_interval(
-    samples: Sequence[Floats],
-    statistic: Callable[..., Any],
+def ratio_interval(
+    numerator: Floats,
+    denominator: Floats,
     *,
     seed: int,
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval | None:
-    """Return the BCa interval of ``statistic(*samples, axis=...)`` over units resampled jointly.
+    """Return the BCa interval of sum(numerator) / sum(denominator) over units resampled jointly.
 
-    Three units are the least that BCa's acceleration can be estimated from: two give the percentile interval, fewer
-    give None. Where BCa has no value (the jackknife or the resamples do not vary) the percentile interval of the same
-    resamples is given; with no variation at all that is the value twice.
+    Two units give the percentile interval (see ``BCa``), fewer give None. With no variation it is the value twice.
 
     Args:
-        samples: Arrays ``[n]``, one entry a unit each.
-        statistic: Vectorised over ``axis``.
+        numerator: ``[n]``, one entry a unit.
+        denominator: Likewise.
         seed: Of the resampling.
         confidence: Two-sided level.
         num_resamples: Bootstrap resamples.
     """
-    n = len(samples[0])
-    if n < 2:
+    if len(numerator) < 2:
         return None
-    batches = _resamples(n, seed, num_resamples)
-    drawn = [statistic(*(sample.take(rows) for sample in samples), axis=-1) for rows in batches]
-    distribution: Any = _Distribution(np.concatenate(drawn))  # scipy's stubs want the class that it hides
-    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        result = stats.bootstrap(
-            tuple(samples),
-            statistic,
-            n_resamples=0,
-            bootstrap_result=distribution,
-            batch=max(1, _MAX_ELEMENTS // n),
-            vectorized=True,
-            paired=True,
-            confidence_level=confidence,
-            method="BCa" if n >= 3 else "percentile",
-        )
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        low, high = _percentiles(result.bootstrap_distribution, confidence)
-    return low, high
+    columns = np.stack([numerator, denominator], axis=1)
+    total = columns.sum(axis=0)
+    sums = np.concatenate([counts @ columns for counts in resamples(len(columns), seed, num_resamples)])
+    drawn = np.sort(_ratio(sums))
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    correction = BCa.of(drawn, float(_ratio(total)), _ratio(total - columns))
+    return _quantiles(drawn, tails if correction is None else correction.tails(tails))
 
 
 @dataclass(frozen=True, slots=True)
-class _Distribution:
-    """A bootstrap distribution in the form in which scipy takes one that is there already."""
+class BCa:
+    """Efron's correction of a bootstrap's tails for its bias and its acceleration (JASA 82, 1987)."""
 
-    bootstrap_distribution: Floats
+    bias: float
+    acceleration: float
+
+    @classmethod
+    def of(cls, drawn: Floats, value: float, left_out: Floats) -> BCa | None:
+        """Return the correction; None where it has no value, so that percentiles are taken as they are.
+
+        Three units are the least that the acceleration can be estimated from. A resample that holds the units of the
+        sample itself has its value but for rounding, whatever the order in which they were added: half of those count
+        as below. (Of three units they are 2 in 9, so an interval must not hang on the last bit of each.)
+
+        Args:
+            drawn: ``[R]`` the statistic of each resample, sorted.
+            value: That of the sample.
+            left_out: ``[n]`` that of the sample without each of its units.
+        """
+        slack = _ROUNDING * max(abs(float(drawn[0])), abs(float(drawn[-1])))
+        first = np.searchsorted(drawn, value - slack, side="left")
+        last = np.searchsorted(drawn, value + slack, side="right")
+        below = float(first + last) / (2 * len(drawn))
+        deviations = left_out.mean() - left_out
+        squares = float(np.sum(deviations**2))
+        if len(left_out) < 3 or squares == 0 or not 0 < below < 1:
+            return None
+        return cls(float(special.ndtri(below)), float(np.sum(deviations**3)) / (6 * math.pow(squares, 1.5)))
+
+    def tails(self, tails: Floats) -> Floats:
+        """Return the shares of the bootstrap that stand for the shares ``tails``."""
+        z = self.bias + special.ndtri(tails)
+        bent: Floats = special.ndtr(self.bias + z / (1 - self.acceleration * z))
+        return bent
 
 
-def _resamples(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.intp]]:
-    """Yield batches of resampled units ``[R, n]``; most statistics of a run share them, so they are drawn once."""
+def resamples(n: int, seed: int, num_resamples: int) -> Iterator[Floats]:
+    """Yield batches ``[R, n]`` of how often each unit is drawn, by ``default_rng(seed).integers(n)``, row by row."""
     if n * num_resamples > _MAX_KEPT or n > np.iinfo(np.uint16).max:
-        yield from _draw(n, seed, num_resamples)
+        batches: Any = _draw(n, seed, num_resamples)
     else:
-        for rows in _kept(n, seed, num_resamples):
-            yield rows.astype(np.intp)
+        batches = _kept(n, seed, num_resamples)
+    for counts in batches:
+        yield counts.astype(np.float64)
 
 
 @functools.lru_cache(maxsize=16)
 def _kept(n: int, seed: int, num_resamples: int) -> tuple[NDArray[np.uint16], ...]:
-    return tuple(rows.astype(np.uint16) for rows in _draw(n, seed, num_resamples))
+    return tuple(counts.astype(np.uint16) for counts in _draw(n, seed, num_resamples))
 
 
-def _draw(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
+def _draw(n: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.intp]]:
     rng = np.random.default_rng(seed)
-    batch = max(1, _MAX_ELEMENTS // n)
+    batch = max(1, _BATCH // n)
     for start in range(0, num_resamples, batch):
-        yield rng.integers(n, size=(min(batch, num_resamples - start), n))
+        yield _counts(rng, n, min(batch, num_resamples - start))
+
+
+def _counts(rng: np.random.Generator, n: int, size: int) -> NDArray[np.intp]:
+    """Return ``[size, n]``: how often each of ``n`` units is among ``n`` that are drawn with replacement."""
+    drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
 
 
 def mean_estimate(values: NDArray[np.floating[Any]], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate:
     """Return the mean of ``values [n]``, one a prompt, with its BCa interval."""
     value = float(np.mean(values)) if len(values) else None
-    ci = bootstrap_interval([np.asarray(values, dtype=np.float64)], np.mean, seed=seed, num_resamples=num_resamples)
+    ones = np.ones(len(values))
+    ci = ratio_interval(np.asarray(values, dtype=np.float64), ones, seed=seed, num_resamples=num_resamples)
     return Estimate(value=value, ci=ci, num_units=len(values))
 
 
@@ -149,53 +174,28 @@ def log_ratios_of_turns(method: pd.DataFrame, reference: pd.DataFrame) -> pd.Ser
     return values
 
 
-def speedup(
-    method: pd.DataFrame, reference: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES
-) -> Estimate:
-    """Return how many times as fast ``method`` decodes a token as ``reference``: exp of the mean paired log-ratio."""
-    turns = metrics.by_turn(method), metrics.by_turn(reference)
-    return speedup_of_turns(*turns, seed=seed, num_resamples=num_resamples)
-
-
-def speedup_of_turns(
-    method: pd.DataFrame, reference: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES
-) -> Estimate:
-    """Return what ``speedup`` does, of two frames that ``metrics.by_turn`` gave."""
-    values = log_ratios_of_turns(method, reference).to_numpy(np.float64)
-    return mean_estimate(values, seed=seed, num_resamples=num_resamples).map(math.exp)
-
-
-def pooled_tau(
-    records: pd.DataFrame, steps: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES
-) -> Estimate:
-    """Return ``metrics.tau`` with the BCa interval of that ratio of sums, prompts resampled with all their steps."""
-    sums = metrics.emitted_and_steps(records, steps)
-    samples = [sums["num_emitted"].to_numpy(np.float64), sums["num_steps"].to_numpy(np.float64)]
-    ci = bootstrap_interval(samples, _ratio_of_sums, seed=seed, num_resamples=num_resamples)
-    return Estimate(value=metrics.tau(steps), ci=ci, num_units=len(sums))
-
-
-def tau_ratio(
-    method: tuple[pd.DataFrame, pd.DataFrame],
-    reference: tuple[pd.DataFrame, pd.DataFrame],
-    *,
-    seed: int,
-    num_resamples: int = NUM_RESAMPLES,
-) -> Estimate:
-    """Return pooled tau of ``method`` over that of ``reference`` on the prompts of both, with the paired BCa interval.
+def speedup(log_ratios: pd.Series[float], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate:
+    """Return how many times as fast a method decodes a token as its reference: exp of the mean paired log-ratio.
 
     Args:
-        method: ``(records, steps)``.
-        reference: ``(records, steps)`` of the same mode.
+        log_ratios: Of the two, by prompt.
         seed: Of the resampling.
         num_resamples: Bootstrap resamples.
     """
-    ours, theirs = metrics.emitted_and_steps(*method), metrics.emitted_and_steps(*reference)
-    both = ours.join(theirs.add_prefix("reference_"), how="inner").sort_index()
-    samples = [both[name].to_numpy(np.float64) for name in both.columns]
-    value = float(_ratio_of_ratios(samples[0], samples[1], samples[2], samples[3])) if len(both) else None
-    ci = bootstrap_interval(samples, _ratio_of_ratios, seed=seed, num_resamples=num_resamples)
-    return Estimate(value=value, ci=ci, num_units=len(both))
+    return mean_estimate(log_ratios.to_numpy(np.float64), seed=seed, num_resamples=num_resamples).map(math.exp)
+
+
+def pooled_tau(by_prompt: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate:
+    """Return ``metrics.tau`` with the BCa interval of that ratio of sums, prompts resampled with all their steps.
+
+    Args:
+        by_prompt: As ``metrics.emitted_and_steps`` gives it.
+        seed: Of the resampling.
+        num_resamples: Bootstrap resamples.
+    """
+    sums = by_prompt[["num_emitted", "num_steps"]].to_numpy(np.float64)
+    ci = ratio_interval(sums[:, 0], sums[:, 1], seed=seed, num_resamples=num_resamples)
+    return Estimate(value=float(_ratio(sums.sum(axis=0))) if len(sums) else None, ci=ci, num_units=len(sums))
 
 
 def same_method_control(records: pd.DataFrame, *, confidence: float = CONFIDENCE) -> Estimate | None:
@@ -254,14 +254,30 @@ def two_level_bootstrap(
     value = float(np.mean([np.mean(group) for group in groups]))
     if len(groups) < 2:
         return Estimate(value=value, ci=None, num_units=len(groups))
+    sizes = tuple(map(len, groups))
+    kept = num_resamples * sum(sizes) <= _MAX_KEPT * len(groups)
+    draws = (_kept_of_groups if kept else _draw_of_groups)(sizes, seed, num_resamples)
+    means = np.empty((num_resamples, len(groups)))
+    for group, (where, counts) in zip(groups, draws, strict=True):
+        means[where] = counts @ group / len(group)
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value=value, ci=_quantiles(means.mean(axis=1), tails), num_units=len(groups))
+
+
+def _draw_of_groups(
+    sizes: tuple[int, ...], seed: int, num_resamples: int
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.uint32]]]:
+    """Yield for each group which draws ``[R, G]`` are of it, and how often each of its units is drawn in those."""
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(groups), size=(num_resamples, len(groups)))
-    means = np.empty(drawn.shape)
-    for index, group in enumerate(groups):
-        where = drawn == index  # each draw of a category gets prompts of its own
-        picks = rng.integers(len(group), size=(int(where.sum()), len(group)))
-        means[where] = group[picks].mean(axis=1)
-    return Estimate(value=value, ci=_percentiles(means.mean(axis=1), confidence), num_units=len(groups))
+    drawn = rng.integers(len(sizes), size=(num_resamples, len(sizes)))
+    for index, n in enumerate(sizes):
+        where = drawn == index  # each draw of a group gets units of its own
+        yield where, _counts(rng, n, int(where.sum())).astype(np.uint32)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_of_groups(sizes: tuple[int, ...], seed: int, num_resamples: int) -> tuple[Any, ...]:
+    return tuple(_draw_of_groups(sizes, seed, num_resamples))
 
 
 def minimum_detectable_effect(
@@ -280,7 +296,7 @@ def minimum_detectable_effect(
     n = len(values) if num_units is None else num_units
     if len(values) < 2 or n < 2:
         return None
-    quantiles = stats.t.ppf(1 - alpha / 2, n - 1) + stats.t.ppf(power, n - 1)
+    quantiles = special.stdtrit(n - 1, 1 - alpha / 2) + special.stdtrit(n - 1, power)
     return float(quantiles * np.std(values, ddof=1) / math.sqrt(n))
 
 
@@ -288,21 +304,16 @@ def _t_estimate(values: NDArray[np.floating[Any]], confidence: float) -> Estimat
     """Return the mean of ``values [n]`` with its Student t interval."""
     if len(values) < 2:
         return Estimate(value=float(values[0]) if len(values) else None, ci=None, num_units=len(values))
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = special.stdtrit(len(values) - 1, (1 + confidence) / 2) * np.std(values, ddof=1) / math.sqrt(len(values))
     value = float(np.mean(values))
     return Estimate(value=value, ci=(value - float(half), value + float(half)), num_units=len(values))
 
 
-def _ratio_of_sums(numerator: Floats, denominator: Floats, axis: int = -1) -> Floats:
-    return np.asarray(numerator.sum(axis=axis) / denominator.sum(axis=axis), dtype=np.float64)
+def _ratio(sums: Floats) -> Floats:
+    """Return numerator over denominator of sums ``[..., 2]``."""
+    return np.asarray(sums[..., 0] / sums[..., 1], dtype=np.float64)
 
 
-def _ratio_of_ratios(
-    emitted: Floats, steps: Floats, other_emitted: Floats, other_steps: Floats, axis: int = -1
-) -> Floats:
-    return _ratio_of_sums(emitted, steps, axis) / _ratio_of_sums(other_emitted, other_steps, axis)
-
-
-def _percentiles(distribution: Floats, confidence: float) -> Interval:
-    low, high = np.quantile(distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _quantiles(distribution: Floats, tails: Floats) -> Interval:
+    low, high = np.quantile(distribution, tails)
     return float(low), float(high)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -143,29 +144,64 @@ def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, boot
     fastest = max(timed, key=lambda name: timed[name]) if timed else None
     turns = {name: metrics.by_turn(rows) for name, rows in baselines.items()}
     for method in records.loc[records["kind"] == "drafter", "method"].unique():
-        chosen, chosen_steps = metrics.select(records, steps, method=method)
-        identity = {"drafter": method, "objective": _only(chosen, "objective"), **context}
-        for category in (None, *sorted(chosen["category"].unique())):
-            part = (chosen, chosen_steps)
-            if category is not None:
-                part = metrics.select(chosen, chosen_steps, category=category)
-            row = _result(*part, turns, fastest, bootstrap)
-            if category is None:
-                row |= _domains(chosen, None if fastest is None else turns[fastest], bootstrap)
+        whole = _Part.of_drafter(*metrics.select(records, steps, method=method), turns)
+        identity = {"drafter": method, "objective": _only(whole.records, "objective"), **context}
+        summary["results"].append(
+            identity | {"category": None} | _result(whole, fastest, bootstrap) | _domains(whole, fastest, bootstrap)
+        )
+        for category in sorted(whole.categories.unique()):
+            row = _result(whole.of_category(category), fastest, bootstrap)
             summary["results"].append(identity | {"category": category} | row)
 
 
-def _result(
-    records: pd.DataFrame,
-    steps: pd.DataFrame,
-    baselines: Mapping[Any, pd.DataFrame],
-    fastest: object,
-    bootstrap: dict[str, int],
-) -> dict[str, Any]:
-    """Return one entry of ``results``; ``baselines`` are ``metrics.by_turn`` of each."""
-    tau = stats.pooled_tau(records, steps, **bootstrap)
-    ours = metrics.by_turn(records)
-    speedups = {name: _json(stats.speedup_of_turns(ours, rows, **bootstrap)) for name, rows in baselines.items()}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What a drafter did in one mode, or the part of it that is one category; what is by prompt is made but once.
+
+    Attributes:
+        records: Its rows.
+        steps: Their steps.
+        by_prompt: ``metrics.emitted_and_steps`` of them.
+        log_ratios: Against each baseline, by prompt.
+        categories: By prompt.
+    """
+
+    records: pd.DataFrame
+    steps: pd.DataFrame
+    by_prompt: pd.DataFrame
+    log_ratios: Mapping[Any, pd.Series[float]]
+    categories: pd.Series[str]
+
+    @classmethod
+    def of_drafter(cls, records: pd.DataFrame, steps: pd.DataFrame, baselines: Mapping[Any, pd.DataFrame]) -> _Part:
+        """Return all of a drafter; ``baselines`` are ``metrics.by_turn`` of each."""
+        ours = metrics.by_turn(records)
+        return cls(
+            records=records,
+            steps=steps,
+            by_prompt=metrics.emitted_and_steps(records, steps),
+            log_ratios={name: stats.log_ratios_of_turns(ours, turns) for name, turns in baselines.items()},
+            categories=records.drop_duplicates("unit").set_index("unit")["category"],
+        )
+
+    def of_category(self, category: str) -> _Part:
+        """Return the part that belongs to the prompts of one category."""
+        chosen = self.categories[self.categories == category]
+        records, steps = metrics.select(self.records, self.steps, category=category)
+        return _Part(
+            records=records,
+            steps=steps,
+            by_prompt=self.by_prompt[self.by_prompt.index.isin(chosen.index)],
+            log_ratios={name: all_[all_.index.isin(chosen.index)] for name, all_ in self.log_ratios.items()},
+            categories=chosen,
+        )
+
+
+def _result(part: _Part, fastest: object, bootstrap: dict[str, int]) -> dict[str, Any]:
+    """Return one entry of ``results``."""
+    records, steps = part.records, part.steps
+    tau = stats.pooled_tau(part.by_prompt, **bootstrap)
+    speedups = {name: _json(stats.speedup(ratios, **bootstrap)) for name, ratios in part.log_ratios.items()}
     headline = speedups.get(fastest, {"value": None, "ci": None})
     return {
         "num_prompts": int(records["unit"].nunique()),
@@ -182,19 +218,18 @@ def _result(
         "acceptance_by_depth": metrics.acceptance_by_depth(steps),
         "time_share": metrics.time_share(records, steps),
         "lossless": metrics.lossless_counts(records),
-        "tau_definitions": metrics.tau_definitions(records, steps),
+        "tau_definitions": metrics.tau_definitions(records, steps, part.by_prompt),
         "diagnostics": misalignment(records["diagnostics"]),
     }
 
 
-def _domains(records: pd.DataFrame, baseline: pd.DataFrame | None, bootstrap: dict[str, int]) -> dict[str, Any]:
+def _domains(part: _Part, fastest: object, bootstrap: dict[str, int]) -> dict[str, Any]:
     """Return the entries of a result that take categories for a sample of domains; none for a single category."""
-    categories = records.drop_duplicates("unit").set_index("unit")["category"]
-    if baseline is None or categories.nunique() < 2:
+    if fastest is None or part.categories.nunique() < 2:
         return {}
-    ratios = stats.log_ratios_of_turns(metrics.by_turn(records), baseline)
-    by_t = stats.category_interval(ratios, categories).map(math.exp)
-    resampled = stats.two_level_bootstrap(ratios, categories, **bootstrap).map(math.exp)
+    ratios = part.log_ratios[fastest]
+    by_t = stats.category_interval(ratios, part.categories).map(math.exp)
+    resampled = stats.two_level_bootstrap(ratios, part.categories, **bootstrap).map(math.exp)
     return {
         "domain_speedup": by_t.value,
         "domain_speedup_ci": _list(by_t.ci),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,9 +40,10 @@ def to_frames(records: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
     """Return the columns of the records frame, in order."""
     columns: dict[str, list[Any]] = {"unit": [f"{record.suite}/{record.prompt_id}" for record in records]}
-    for name in Record.model_fields:
-        if name not in _NESTED:
-            columns[name] = [getattr(record, name) for record in records]
+    names = [name for name in Record.model_fields if name not in _NESTED]
+    rows = list(map(operator.attrgetter(*names), records))  # a record at a time, which a processor's cache likes
+    for index, name in enumerate(names):
+        columns[name] = [row[index] for row in rows]
     for prefix, model in (("tree", Tree), ("divergence", Divergence)):
         parts = [getattr(record, prefix) for record in records]
         for name in model.model_fields:
