@@ -37,7 +37,7 @@ def quickstart(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hour(tmp_path_factory):
     """The report of the hour's run."""
-    output = tmp_path_factory.mktemp("report") / "hour.pdf"
+    output = tmp_path_factory.mktemp("report") / "mtbench-hour.pdf"
     return output, write_report([HOUR], output)
 
 
@@ -65,6 +65,19 @@ def test_two_builds_have_the_same_bytes_wherever_they_lie(quickstart, tmp_path):
     assert first == second
     assert len(first) == len(written) == len(set(written))
     assert output.read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("fixture", ["quickstart", "hour"])
+def test_the_reference_reports_are_what_is_written_today(fixture, request):
+    """Their text and tables, which other tests recompute."""
+    folder = request.getfixturevalue(fixture)[0].with_suffix("")
+    reference = ROOT / "reports/reference" / folder.name
+    for part in (
+        Path("report.typ"),
+        Path("paper.typ"),
+        *(path.relative_to(reference) for path in reference.glob("tables/*")),
+    ):
+        assert (folder / part).read_bytes() == (reference / part).read_bytes(), part
 
 
 def test_every_table_and_figure_has_its_files_and_nothing_is_large(quickstart):

@@ -2,81 +2,55 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import hashlib
 import math
 from collections import defaultdict
-from functools import cache
-from pathlib import Path
 
 import pytest
+from tests.report.recompute import (
+    ABLATION,
+    CONTESTS,
+    RUNS,
+    answers,
+    baselines,
+    by_seed,
+    chosen,
+    config,
+    drafters,
+    faster_baseline,
+    folder,
+    manifest,
+    mean_log_ratio,
+    signed,
+    speed_difference,
+    table,
+    tables,
+    tau,
+    tau_difference,
+    temperatures,
+    tokens_per_s,
+)
 
-ROOT = Path(__file__).parents[2]
-RUNS = {
-    "quickstart": "quickstart-cpu-2026-11-24",
-    "mtbench-hour": "mtbench-hour-cpu-2026-11-25",
-    "ablation-hour": "ablation-hour-cpu-2026-11-25",
-}
-CONTESTS = ("quickstart", "mtbench-hour")
 every_report = pytest.mark.parametrize("name", RUNS)
-
-
-@cache
-def answers(name):
-    text = (ROOT / "results/reference" / RUNS[name] / "records.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-@cache
-def manifest(name):
-    return json.loads((ROOT / "results/reference" / RUNS[name] / "manifest.json").read_text(encoding="utf-8"))
-
-
-def table(name, of):
-    text = (ROOT / "reports/reference" / name / "tables" / f"{of}.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
-
-def chosen(name, drafter, temperature, category=None):
-    """The answers of a drafter, or of all seeds of an arm."""
-    found = [
-        a for a in answers(name)
-        if drafter in {a["method"], a["method"].partition("@")[0]} and a["temperature"] == float(temperature)
-        and category in {None, "all", a["category"]}
-    ]  # fmt: skip
-    assert found
-    return found
-
-
-def tau(of):
-    return sum(sum(a["steps"]["num_emitted"]) for a in of) / sum(len(a["steps"]["num_emitted"]) for a in of)
-
-
-def seconds_per_token(of):
-    """By prompt, repeats together."""
-    seconds, tokens = defaultdict(float), defaultdict(int)
-    for a in of:
-        seconds[a["prompt_id"]] += a["decode_s"]
-        tokens[a["prompt_id"]] += a["num_output_tokens"] - 1
-    return {prompt: seconds[prompt] / tokens[prompt] for prompt in seconds if tokens[prompt]}
-
-
-def mean_log_ratio(ours, theirs):
-    ours, theirs = seconds_per_token(ours), seconds_per_token(theirs)
-    common = ours.keys() & theirs.keys()
-    return sum(math.log(theirs[prompt] / ours[prompt]) for prompt in common) / len(common)
-
-
-def faster_baseline(name, temperature):
-    def throughput(method):
-        of = chosen(name, method, temperature)
-        return sum(a["num_output_tokens"] - 1 for a in of) / sum(a["decode_s"] for a in of)
-
-    return max({a["method"] for a in answers(name) if a["kind"] == "baseline"}, key=throughput)
 
 
 def same(text, value):
     return float(text) == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+@every_report
+def test_accepted_length_speed_and_throughput(name):
+    rows = table(name, "main")
+    assert [(row["drafter"], float(row["T"])) for row in rows] == [
+        (drafter, temperature) for temperature in temperatures(name) for drafter in drafters(name)
+    ]
+    for row in rows:
+        of = chosen(name, row["drafter"], row["T"])
+        assert same(row["τ"], tau(of))
+        assert same(row["tokens/s"], tokens_per_s(of))
+        for baseline in baselines(name):
+            ratio = mean_log_ratio(of, chosen(name, baseline, row["T"]))
+            assert same(row[f"speedup vs {baseline}"], math.exp(ratio))
 
 
 @every_report
@@ -102,17 +76,13 @@ def test_every_definition_of_tau(name):
 @pytest.mark.parametrize("name", CONTESTS)
 def test_speed_and_accepted_length_by_category(name):
     for row in table(name, "tau-by-category"):
-        for drafter in row.keys() & manifest_drafters(name):
+        for drafter in row.keys() & set(drafters(name)):
             assert same(row[drafter], tau(chosen(name, drafter, row["T"], row["category"])))
     for row in table(name, "speedup-by-category"):
         baseline = chosen(name, faster_baseline(name, row["T"]), row["T"])
-        for drafter in row.keys() & manifest_drafters(name):
+        for drafter in row.keys() & set(drafters(name)):
             of = chosen(name, drafter, row["T"], row["category"])
             assert same(row[drafter], math.exp(mean_log_ratio(of, baseline)))
-
-
-def manifest_drafters(name):
-    return {method["name"] for method in manifest(name)["methods"] if method["kind"] == "drafter"}
 
 
 @pytest.mark.parametrize("name", CONTESTS)
@@ -146,6 +116,10 @@ def test_acceptance_time_and_losslessness(name):
         assert [int(row[column]) for column in ("compared", "equal", "near-tie", "violation")] == [
             len(verdicts), verdicts.count("equal"), verdicts.count("near_tie"), verdicts.count("violation")
         ]  # fmt: skip
+        of = chosen(name, row["drafter"], row["T"])
+        gaps = sorted(abs(a["divergence"]["gap"]) for a in of if a["lossless"] == "near_tie")
+        assert same(row["median gap"], gaps[len(gaps) // 2])
+        assert same(row["largest gap"], gaps[-1])
 
 
 @pytest.mark.parametrize("name", ["mtbench-hour", "ablation-hour"])
@@ -170,29 +144,108 @@ def test_misalignment(name):
 
 @pytest.mark.parametrize("name", CONTESTS)
 def test_what_training_cost(name):
-    training = {method["name"]: method["training"] for method in manifest(name)["methods"]}
-    for row in table(name, "training"):
+    training = {m["name"]: m["training"] for m in manifest(name)["methods"] if m["training"].get("tokens")}
+    rows = table(name, "training")
+    assert [row["drafter"] for row in rows] == list(training)
+    for row in rows:
         cost = training[row["drafter"]]
-        assert (int(row["tokens"]), int(row["seconds"])) == (cost["tokens"], round(cost["seconds"]))
+        assert (row["recipe"], int(row["tokens"])) == (cost["recipe"], cost["tokens"])
+        assert int(row["seconds"]) == round(cost["seconds"])
+        assert row.get("target forwards") == (str(cost["target_forwards"]) if "target_forwards" in cost else None)
 
 
 def test_every_arm_against_the_reference():
-    name, seeds = "ablation-hour", (0, 1, 2)
-    rows = table(name, "ablation")
-    assert len(rows) == 11
+    arms = {arm["name"]: arm for arm in manifest(ABLATION)["ablation"]["arms"]}
+    rows = table(ABLATION, "ablation")
+    assert [row["arm"] for row in rows] == list(arms)
     for row in rows:
-        arm, temperature = row["arm"], row["T"]
-        assert same(row["τ"], tau(chosen(name, arm, temperature)))
-        assert float(row["τ low"]) < float(row["τ"]) < float(row["τ high"])
-        if arm == "vsd":
-            continue
-        assert same(row["change of τ, %"], 100 * (tau(chosen(name, arm, 0)) / tau(chosen(name, "vsd", 0)) - 1))
-        members = [arm if arm == "warm-start" else f"{arm}@{seed}" for seed in seeds]
-        ratios = [
-            mean_log_ratio(chosen(name, member, 0), chosen(name, f"vsd@{seed}", 0))
-            for member, seed in zip(members, seeds, strict=True)
-        ]
-        assert same(row["change of speed, %"], 100 * math.expm1(sum(ratios) / len(ratios)))
-        for of in ("τ", "speed"):
-            low, change, high = (float(row[f"change of {of}, %{end}"]) for end in (" low", "", " high"))
-            assert low < change < high
+        arm = arms[row["arm"]]
+        assert same(row["τ"], tau(chosen(ABLATION, row["arm"], row["T"])))
+        assert row["seeds"] == (str(len(arm["seeds"])) if arm["seeds"] else "\N{EN DASH}")
+        budget = [round(arm["budget"][key]) for key in ("tokens", "target_forwards", "wall_s")]
+        assert [int(row[column]) for column in ("tokens", "target forwards", "seconds")] == budget
+        if row["arm"] != "vsd":
+            change = tau(chosen(ABLATION, row["arm"], 0)) / tau(chosen(ABLATION, "vsd", 0)) - 1
+            assert same(row["change of τ, %"], 100 * change)
+            ratios = [mean_log_ratio(ours, theirs) for ours, theirs in zip(*by_seed(row["arm"]), strict=True)]
+            assert same(row["change of speed, %"], 100 * math.expm1(sum(ratios) / len(ratios)))
+
+
+@every_report
+def test_what_was_measured_on_what(name):
+    m, text = manifest(name), (folder(name) / "records.jsonl").read_bytes()
+    cpu, versions = m["machine"]["cpu"], m["machine"]["versions"]
+    repeats = {1: "once", 2: "twice"}[len({a["repeat"] for a in answers(name)})]
+    modes = {a["temperature"]: (a["mode"], a["rule"]) for a in answers(name) if a["kind"] == "drafter"}
+    expected = {
+        "run": m["run_id"],
+        "date": m["finished"][:10],
+        "target": f"{m['target']}, weights {m['target_fingerprint'][:12]}",
+        "number format": f"{m['dtype']} on {m['device']}",
+        "suite": f"{m['suite']}, version {m['suite_version']}",
+        "prompts": f"{len({a['prompt_id'] for a in answers(name)})}, each {repeats}",
+        "answers": f"up to {config(name)['generation']['max_new_tokens']} new tokens",
+        "modes": "; ".join(f"{mode} (T = {t:g}), rule {rule}" for t, (mode, rule) in sorted(modes.items())),
+        "processor": f"{cpu['model']}, {cpu['num_usable_cores']} cores, "
+        f"{m['machine']['memory']['total_bytes'] / 2**30:.0f} GiB",
+        "versions": ", ".join(f"{p} {versions[p]}" for p in ("vsdbench", "python", "torch", "transformers")),
+        "records": f"{len(answers(name))}, sha256 {hashlib.sha256(text).hexdigest()[:16]}",
+    }
+    if m["machine"]["git"]:
+        expected["commit"] = m["machine"]["git"]["commit"][:12]
+    assert {row["setting"]: row["value"] for row in table(name, "setup")} == expected
+
+
+@every_report
+def test_what_drafted(name):
+    methods = {method["name"]: method for method in manifest(name)["methods"]}
+    types = {drafter["name"]: drafter["type"] for drafter in config(name)["drafters"]}
+    rows = table(name, "drafters")
+    assert [row["drafter"] for row in rows] == drafters(name)
+    for row in rows:
+        method, tree = methods[row["drafter"]], chosen(name, row["drafter"], 0)[0]["tree"]
+        assert row["type"] == types[row["drafter"]]
+        assert row["objective"] == (method["objective"] or "\N{EN DASH}")
+        assert row["tree"] == f"{tree['kind']} {tree['budget']}/{tree['depth']}/{tree['top_k']}"
+        assert row["recipe"] == method["training"].get("recipe", "\N{EN DASH}")
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_our_figures_beside_published_ones(name):
+    """The rows of others are citations, which no record can tell."""
+    ours = [row for row in table(name, "published") if row["source"].startswith("ours")]
+    plain = chosen(name, faster_baseline(name, 0), 0)
+    speedups = {d: math.exp(mean_log_ratio(chosen(name, d, 0), plain)) for d in drafters(name)}
+    best = max(speedups, key=lambda drafter: speedups[drafter])
+    assert ours[0]["source"] == f"ours: {best}"
+    assert same(ours[0]["τ"], tau(chosen(name, best, 0)))
+    assert ours[0]["speedup"] == f"{speedups[best]:.2f}\N{MULTIPLICATION SIGN}"
+    objectives = {method["name"]: method["objective"] for method in manifest(name)["methods"]}
+    kl = next(drafter for drafter in drafters(name) if objectives[drafter] == "kl")
+    trained = [drafter for drafter in drafters(name) if objectives[drafter] == "vsd"]
+    assert [row["source"] for row in ours[1:]] == [f"ours: {drafter} against {kl}" for drafter in trained]
+    for row, drafter in zip(ours[1:], trained, strict=True):
+        sides = [chosen(name, drafter, 0)], [chosen(name, kl, 0)]
+        for column, difference in (("τ", tau_difference(*sides)), ("speedup", speed_difference(*sides))):
+            assert same(row[column], difference.change_pct)
+            assert same(row[f"{column} low"], difference.ci_pct[0])
+            assert same(row[f"{column} high"], difference.ci_pct[1])
+
+
+def test_the_ablation_beside_published_figures():
+    ours = [row for row in table(ABLATION, "published") if row["source"].startswith("ours")]
+    assert [row["source"].rpartition(" ")[2] for row in ours] == ["continual-kl", "onpolicy-rkl", "warm-start"]
+    for row in ours:
+        arm = row["source"].rpartition(" ")[2]
+        sides = by_seed(arm)
+        for column, difference in (("τ", tau_difference(*sides)), ("speedup", speed_difference(*sides))):
+            assert row[column] == f"{signed(100 * math.expm1(-difference.value))} %"
+
+
+@every_report
+def test_no_table_is_left_out(name):
+    """Every table that a report has is recomputed here or, its intervals and p-values, in the file beside."""
+    everywhere = {"acceptance", "drafters", "lossless", "main", "published", "setup", "tau-definitions", "time"}
+    contest = {"domains", "speedup-by-category", "tau-by-category", "training"}
+    more = {"quickstart": contest, "mtbench-hour": {*contest, "misalignment"}, ABLATION: {"ablation", "misalignment"}}
+    assert tables(name) == everywhere | more[name]
