@@ -39,6 +39,7 @@ def config(monkeypatch, target):
         repeats=2,
         generation=SimpleNamespace(max_new_tokens=20),
         baselines=["autoregressive", "hf-generate"],
+        batch_sizes=[1],
         drafters=[DrafterEntry(name="ngram", type="ngram")],
         peers=[],
     )
@@ -102,6 +103,15 @@ def test_a_drafter_with_a_model_pays_for_drafting_and_accepts_more(config, timin
     step = 0.2 + module.DRAFT_SHARE * 0.1 * 4
     expected = 12 * 0.5 + tokens / module.TAU_TRAINED * step
     assert seconds(module.estimate("toy", RunOptions(), QUIET))["m"] == pytest.approx(expected)
+
+
+def test_batches_are_added(config, timings):
+    config.batch_sizes = [1, 4]
+    tokens = 12 * 20 * module.ANSWER_FILL
+    expected = 4 * 12 * 0.5 + tokens * 0.2 * (1 + 1 / 4) * (1 + 1 / module.TAU_UNTRAINED)
+    result = module.estimate("toy", RunOptions(), QUIET)
+    assert seconds(result)["in batches"] == pytest.approx(expected)
+    assert result["num_decodes"] == 12 * 3
 
 
 def test_shared_data_is_counted_once_and_what_is_cached_not_at_all(config, timings, trainers):

@@ -51,6 +51,7 @@ def test_a_run_prints_the_table_and_keeps_everything(finished):
     assert str(run) in result.said
     names = {path.name for path in run.iterdir()}
     assert {"manifest.json", "config.yaml", "records.jsonl", "outputs.jsonl", "summary.parquet", "figures"} <= names
+    assert "batches.jsonl" not in names
     assert {"speedup.svg", "speedup.png"} <= {path.name for path in (run / "figures").iterdir()}
     records = load_records(run)
     assert len(records) == NUM_RECORDS

@@ -42,18 +42,21 @@ class DraftModelDrafter:
         self._cache: PreallocatedCache | None = None
         self._position_offset = 0
 
+    def fork(self) -> DraftModelDrafter:
+        """Return another one with the same model and a cache of its own."""
+        return DraftModelDrafter(self.model, self.vocab_size)
+
     @torch.inference_mode()
     def begin(self, state: TargetState, max_length: int) -> None:
         """Run the draft model over the prompt; the root is left for the first proposal."""
         # Scratch keys of a growing tree stand behind the committed ones: scored levels are at most top_k wide.
         capacity = max_length + _MAX_SCRATCH
-        if isinstance(state.prompt, ImagePrompt) and self.model.reads_images:
-            own = self.model.prefill(state.prompt, capacity)
-            self._cache, self._position_offset = own.cache, own.position_offset
-            return
-        self._position_offset = 0
         if self._cache is None or self._cache.capacity < capacity:
             self._cache = PreallocatedCache(self.model.num_layers, capacity)
+        if isinstance(state.prompt, ImagePrompt) and self.model.reads_images:
+            self._position_offset = self.model.prefill(state.prompt, capacity, self._cache).position_offset
+            return
+        self._position_offset = 0
         self._cache.reset()
         self._read(state.tokens[:-1])
 

@@ -13,6 +13,7 @@ Shape legend: R rows of the loss, H the target's width, V target vocabulary, Vd 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -236,6 +237,10 @@ class MedusaDrafter:
         ]
         self._heads = [Product(model.head(step).detach().to(dtype).contiguous()) for step in range(self.num_heads)]
         self._feature = torch.empty(0)
+
+    def fork(self) -> MedusaDrafter:
+        """Return another one with the same heads."""
+        return copy.copy(self)
 
     def begin(self, state: TargetState, max_length: int) -> None:  # noqa: ARG002 - there is no cache
         """Take the hidden state of the last prompt token, from which the root was predicted."""

@@ -38,6 +38,10 @@ class NgramDrafter:
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
 
+    def fork(self) -> NgramDrafter:
+        """Return another one with an index of its own."""
+        return NgramDrafter(self.max_ngram, self.min_ngram)
+
     def begin(self, state: TargetState, max_length: int) -> None:
         """Index the prompt."""
         del max_length

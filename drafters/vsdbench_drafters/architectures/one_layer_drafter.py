@@ -14,8 +14,9 @@ key-value heads, D head width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
 if TYPE_CHECKING:
-    from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
+    from vsdbench.decoding.interfaces import Request, TargetState, TokenTree, TreeShape
     from vsdbench_drafters.architectures.one_layer import OneLayerModel
 
 _SPARE_ROWS = 128
@@ -47,6 +48,24 @@ class PromptRows(NamedTuple):
     x: Tensor
     residual: Tensor
     positions: Tensor
+
+
+class LayerRows(NamedTuple):
+    """Arguments of ``CachedLayer.forward``.
+
+    Attributes:
+        hidden: ``[n, H]``.
+        tokens: ``[n]`` target ids.
+        positions: Their positions: n of them, or one for all.
+        row: First cache row to write.
+        hide: ``[n, m]`` bool, which of the last m keys, the n new ones included, a row must not see; None: of none.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    positions: slice
+    row: int
+    hide: Tensor | None
 
 
 class CachedLayer:
@@ -79,6 +98,13 @@ class CachedLayer:
         self._mask = ContextMask(dtype, self.device)
         self.capacity = 0
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
+
+    def fork(self) -> Self:
+        """Return a layer with the same weights and a cache of its own."""
+        twin = copy.copy(self)
+        twin.capacity = 0
+        twin.keys = twin.values = twin.cos = twin.sin = torch.empty(0)
+        return twin
 
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` cache rows; what is cached stays."""
@@ -123,15 +149,7 @@ class CachedLayer:
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, tokens: Tensor, positions: slice, row: int, hide: Tensor | None) -> Tensor:
-        """Run n rows, writing their keys and values from cache row ``row`` on; return ``[n, H]`` un-normed outputs.
-
-        Args:
-            hidden: ``[n, H]``.
-            tokens: ``[n]`` target ids.
-            positions: Their positions: n of them, or one for all.
-            row: First cache row to write.
-            hide: ``[n, m]`` bool, which of the last m keys, the n new ones included, a row must not see; None: of none.
-        """
+        """Run n rows (see ``LayerRows``), writing keys and values; return ``[n, H]`` un-normed outputs."""
         return self.run(*self.mix(self.embed(tokens), hidden), positions, row, hide)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -140,24 +158,36 @@ class CachedLayer:
 
     def run(self, x: Tensor, residual: Tensor, positions: slice | Tensor, row: int, hide: Tensor | None) -> Tensor:
         """Run n rows from the attention's input ``[n, W]`` on; arguments and result as those of ``forward``."""
+        heads = self.heads(x, self.cos[positions], self.sin[positions])
+        return self.finish(self.attend(*heads, row, hide), residual)
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries ``[n, A, D]``, keys and values ``[n, G, D]``, turned by ``[n or 1, D]`` cosines and sines."""
         config = self.config
-        count, stop = len(x), row + len(x)
-        groups, width = config.num_key_value_heads, config.head_dim
-        heads = config.num_attention_heads
-        mixed = self.qkv(x).view(count, -1, width)
-        turned = apply_rotary(mixed[:, : heads + groups], self.cos[positions][:, None], self.sin[positions][:, None])
-        self.keys[:, row:stop] = turned[:, heads:].transpose(0, 1)
-        self.values[:, row:stop] = mixed[:, heads + groups :].transpose(0, 1)
+        mixed = self.qkv(x).view(len(x), -1, config.head_dim)
+        narrow, wide = config.num_key_value_heads, config.num_attention_heads
+        turned = apply_rotary(mixed[:, : wide + narrow], cos[:, None], sin[:, None])
+        return turned[:, :wide], turned[:, wide:], mixed[:, wide + narrow :]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, row: int, hide: Tensor | None) -> Tensor:
+        """Return ``[n, A * D]``; n keys and values are written first, ``row`` and ``hide`` are as in ``LayerRows``."""
+        count, stop = len(queries), row + len(queries)
+        groups, width = keys.shape[1:]
+        self.keys[:, row:stop] = keys.transpose(0, 1)
+        self.values[:, row:stop] = values.transpose(0, 1)
         # Query heads of a group stand along the query axis, so that keys and values are not repeated.
-        queries = turned[:, :heads].reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
+        queries = queries.reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
         mask = None
         if hide is not None:
             last = torch.zeros(hide.shape, dtype=self.dtype, device=self.device).masked_fill_(hide, -torch.inf)
-            mask = self._mask.ending(last.repeat(heads // groups, 1), stop)
+            mask = self._mask.ending(last.repeat(self.config.num_attention_heads // groups, 1), stop)
         attended = F.scaled_dot_product_attention(
             queries[None], self.keys[None, :, :stop], self.values[None, :, :stop], attn_mask=mask
         )
-        attended = attended.view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+        return attended.view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """Return the ``[n, H]`` un-normed outputs of what attention gave."""
         hidden = self.out.plus(attended, residual)
         normed = self.norm(hidden, self.mlp_norm)
         return self.down.plus(self.up.times(normed, self.gate.silu(normed)), hidden)
@@ -185,6 +215,12 @@ class OneLayerDrafter:
         self._skipped = 0  # slots of the prompt that have no row
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._root_hidden = self._root_log_probs = torch.empty(0)
+
+    def fork(self) -> Self:
+        """Return another one with the same weights and a cache of its own."""
+        twin = copy.copy(self)
+        twin.layer = self.layer.fork()
+        return twin
 
     @torch.inference_mode()
     def begin(self, state: TargetState, max_length: int) -> None:
@@ -217,13 +253,31 @@ class OneLayerDrafter:
         if shape.budget < 1 or shape.depth < 1:
             return empty_tree(self.layer.device)
         if self._pending:
-            features = torch.cat([pair[0] for pair in self._pending])
-            tokens = torch.cat([pair[1] for pair in self._pending])
-            self._pending = []
-            self._root_hidden = self._absorb(features, tokens)[-1:]
-            self._root_log_probs = self.layer.log_probs(self._root_hidden)[0]
-        self.layer.reserve(self.num_slots + shape.depth * max(shape.top_k, shape.budget) + 1)
+            hidden = self._absorb(*self.take_pending())[-1:]
+            self.learn_root(hidden, self.layer.log_probs(hidden)[0])
+        self.reserve(shape)
         return grow(Growth(self), shape, temperature=temperature, generator=generator)
+
+    def propose_together(self, drafters: Sequence[OneLayerDrafter], requests: Sequence[Request]) -> list[TokenTree]:
+        """Return what ``propose`` of each would, their rows in one product a level (protocol ``DraftsTogether``)."""
+        from vsdbench_drafters.architectures.one_layer_together import propose_together  # noqa: PLC0415 - it imports this module
+
+        return propose_together(drafters, requests)
+
+    def take_pending(self) -> tuple[Tensor, Tensor]:
+        """Return ``[n, 4H]`` features and ``[n]`` following tokens of what was committed since the last proposal."""
+        features = torch.cat([pair[0] for pair in self._pending])
+        tokens = torch.cat([pair[1] for pair in self._pending])
+        self._pending = []
+        return features, tokens
+
+    def learn_root(self, hidden: Tensor, log_probs: Tensor) -> None:
+        """Take the ``[1, H]`` output at the newest slot and ``[Vd]`` log-probabilities of the root's children."""
+        self._root_hidden, self._root_log_probs = hidden, log_probs
+
+    def reserve(self, shape: TreeShape) -> None:
+        """Make room for a tree while it grows."""
+        self.layer.reserve(self.num_slots + shape.depth * max(shape.top_k, shape.budget) + 1)
 
     @torch.inference_mode()
     def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
@@ -233,14 +287,16 @@ class OneLayerDrafter:
 
     def _absorb(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Append committed slots to the cache; return their ``[n, H]`` outputs."""
+        return self.layer.forward(*self.committed_rows(self.layer.project(features), tokens))
+
+    def committed_rows(self, hidden: Tensor, tokens: Tensor) -> LayerRows:
+        """Return n rows that are committed slots from now on, of ``[n, H]`` projected features."""
         start, count = self._committed, len(tokens)
         first = self.num_slots
         self.layer.reserve(first + count)
         hide = _later(count, tokens.device) if count > 1 else None
-        hidden = self.layer.project(features)
-        output = self.layer.forward(hidden, tokens, slice(first, first + count), start, hide)
         self._committed += count
-        return output
+        return LayerRows(hidden, tokens, slice(first, first + count), start, hide)
 
     def _look(self, features: Tensor, tokens: Tensor, shows: Tensor, seen: Tensor) -> None:
         """Take in the slots of a prompt with images.
@@ -293,6 +349,12 @@ class Growth:
 
     def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:
         """Return ``[M, Vd]`` log-probabilities of the children of M nodes."""
+        output = self._layer.forward(*self.rows(tokens, parent_slots, depth))
+        self.learn(output)
+        return self._layer.log_probs(output)
+
+    def rows(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> LayerRows:
+        """Return the rows of M nodes."""
         first, count = len(self._ancestors), len(parent_slots)
         for slot, parent in enumerate(parent_slots, start=first):
             self._ancestors.append((*(self._ancestors[parent] if parent >= 0 else ()), slot))
@@ -302,9 +364,11 @@ class Growth:
             hidden = self._hidden[torch.tensor(parent_slots, device=tokens.device) + 1]
         position = self._num_slots - 1 + depth
         row = self._committed + first
-        output = self._layer.forward(hidden, tokens, slice(position, position + 1), row, self._hide(first, count))
+        return LayerRows(hidden, tokens, slice(position, position + 1), row, self._hide(first, count))
+
+    def learn(self, output: Tensor) -> None:
+        """Take the ``[M, H]`` outputs at the newest nodes."""
         self._hidden = torch.cat([self._hidden, output])
-        return self._layer.log_probs(output)
 
     def to_target(self, ids: Tensor) -> Tensor:
         """Map draft-vocabulary ids to target ids."""

@@ -76,13 +76,13 @@ def enforce(summaries: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
     Raises:
         GateError: Says how many answers violate, or which control does not hold.
     """
-    violations = sum(
-        row["lossless"]["violations"] for summary in summaries for row in summary["results"] if row["category"] is None
-    )
+    judged = [row for summary in summaries for row in summary["results"] if row["category"] is None]
+    judged += [row for summary in summaries for row in summary.get("batches", [])]
+    violations = sum(row["lossless"]["violations"] for row in judged)
     if violations:
         raise GateError(
             f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
-            "not lossless; see the divergences in records.jsonl, and repeat with --dtype fp32."
+            "not lossless; see the divergences in the run's records, and repeat with --dtype fp32."
         )
     noisy = [sentence for summary in summaries for sentence in noise(summary)]
     if strict and noisy:

@@ -86,6 +86,8 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         tau = TAU_TRAINED if _is_model(entry) else TAU_UNTRAINED
         seconds = decodes * prefill_s + tokens / tau * (tree_s + draft_s)
         methods.append({"name": entry.name, "seconds": seconds})
+    if max(config.batch_sizes) > 1:
+        methods.append({"name": "in batches", "seconds": _batches_s(target, config, decodes * prefill_s, tokens)})
     methods += [{"name": peer.name, "seconds": decodes * prefill_s + tokens * step_s} for peer in config.peers]
     training = _training(config)
     total = sum(m["seconds"] for m in methods) + sum(t["seconds"] for t in training if not t["cached"])
@@ -96,7 +98,7 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         "device": target.device.type,
         "dtype": str(target.dtype).removeprefix("torch."),
         "num_prompts": len(suite.prompts),
-        "num_decodes": decodes * len(methods),
+        "num_decodes": decodes * (len(config.baselines) + len(config.drafters) + len(config.peers)),
         "methods": methods,
         "training": training,
         "seconds": total + SECONDS_OUTSIDE,
@@ -153,6 +155,25 @@ def _tree_forward_s(target: Target, budget: int, repeats: int = 5) -> float:
         synchronize(target.device)
         times.append(time.perf_counter() - started)
     return sorted(times)[repeats // 2]
+
+
+def _batches_s(target: Target, config: SuiteConfig, prefill_s: float, tokens: float) -> float:
+    """Return seconds of every batch size: a step costs what a forward of as many tokens does.
+
+    Args:
+        target: The target.
+        config: The suite.
+        prefill_s: Of all prompts by one method.
+        tokens: Of all answers by one method.
+    """
+    budgets = {"": 0, **{entry.name: entry.tree.budget for entry in config.drafters}}
+    taus = {"": 1.0, **{e.name: TAU_TRAINED if _is_model(e) else TAU_UNTRAINED for e in config.drafters}}
+    steps = [
+        tokens / size / taus[name] * _tree_forward_s(target, size * (budget + 1) - 1)
+        for size in config.batch_sizes
+        for name, budget in budgets.items()
+    ]
+    return sum(steps) + len(steps) * prefill_s
 
 
 def _is_model(entry: DrafterEntry) -> bool:

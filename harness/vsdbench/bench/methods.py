@@ -159,6 +159,22 @@ def engine_method(
     )
 
 
+def forks(drafter: Drafter, count: int) -> list[Drafter]:
+    """Return ``count`` drafters with the same weights and states of their own; the first is ``drafter`` itself.
+
+    Raises:
+        ConfigError: It has no method ``fork``.
+    """
+    if count == 1:
+        return [drafter]
+    fork: Callable[[], Drafter] | None = getattr(drafter, "fork", None)
+    if fork is None:
+        raise ConfigError(
+            f"drafter '{drafter.name}' drafts for one sequence at a time (it has no fork()): use batch size 1."
+        )
+    return [drafter, *(fork() for _ in range(count - 1))]
+
+
 def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Target, console: Console | None) -> Method:
     checkpoint = Path(entry.checkpoint).expanduser() if entry.checkpoint else None
     if checkpoint is not None and not checkpoint.exists():

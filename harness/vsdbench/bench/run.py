@@ -18,6 +18,7 @@ import yaml
 from vsdbench import registry
 from vsdbench.bars import counting_bars
 from vsdbench.bench.auto_tree import calibration_prompts
+from vsdbench.bench.batch_runner import check_batches, run_batches
 from vsdbench.bench.conversation import check_images
 from vsdbench.bench.examples import keep_examples
 from vsdbench.bench.exchange import Misled, exchanged_prompts
@@ -32,6 +33,7 @@ from vsdbench.models.source import fetch_model
 from vsdbench.models.target import Target
 from vsdbench.paths import results_dir
 from vsdbench.provenance import machine
+from vsdbench.store.batches import load_batches
 from vsdbench.store.store import RunStore, find_run, list_runs, load_manifest, load_records
 from vsdbench.suites.loaders import Suite, load_suite
 
@@ -137,6 +139,7 @@ def run_suite(
         registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error before anything is loaded
     for peer in suite.config.peers:
         registry.load("vsdbench.peers", peer.type)
+    check_batches(suite)
     for note in suite.notes:
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, options, console)
@@ -158,10 +161,11 @@ def run_suite(
         _check_same_drafters(store, methods)
         for note in store.notes:
             console.print(f"[yellow]note:[/] {note}")
-        with _display(console) as on_progress:
+        with _display(console) as (on_progress, on_batch):
             runner = Runner(suite, target, methods, store, on_progress)
             try:
                 runner.run()
+                run_batches(runner, store, on_batch)
             except KeyboardInterrupt as error:
                 kept = len(load_records(store.directory))  # Ctrl-C may fall between writing a record and noting it
                 raise InterruptedRunError(
@@ -171,15 +175,19 @@ def run_suite(
         keep_examples(store.directory, suite, partial(target.tokenizer.decode, clean_up_tokenization_spaces=False))
         store.update_manifest(status="complete", finished=_now(), machine_after=machine())
         store.write_summary()
-        summary = summarise(load_records(store.directory), manifest=store.manifest)
+        records, batches = load_records(store.directory), load_batches(store.directory)
+        summary = summarise(records, manifest=store.manifest, batches=batches)
     return store.directory, summary
 
 
 def run_key(suite: Suite, target: Target) -> str:
     """Return the hash of everything that makes two runs the same run: what may be continued by ``--resume``."""
+    config = suite.config.model_dump(mode="json")
+    if config["batch_sizes"] == [1]:
+        del config["batch_sizes"]  # runs from before there were batches go on
     return content_hash(
         {
-            "suite": suite.config.model_dump(mode="json"),
+            "suite": config,
             "prompts": suite.prompts_sha256,
             "target": target.fingerprint,
             "dtype": str(target.dtype),
@@ -283,7 +291,7 @@ def _check_same_drafters(store: RunStore, methods: Sequence[Method]) -> None:
 
 @contextmanager
 def _display(console: Console) -> Iterator[Any]:
-    """Show a bar with the time left, and yield the callback that moves it."""
+    """Show a bar with the time left, and yield the callbacks that move it, for single answers and for batches."""
     with counting_bars(console) as progress:
         task = progress.add_task("decoding", total=None)
 
@@ -292,7 +300,10 @@ def _display(console: Console) -> Iterator[Any]:
             text = f"{record.method} · {record.mode} · {record.prompt_id}"
             progress.update(task, description=f"{text[:44]:<44}", completed=done.done, total=done.total)
 
-        yield on_progress
+        def on_batch(done: int, total: int, text: str) -> None:
+            progress.update(task, description=f"{text[:44]:<44}", completed=done, total=total)
+
+        yield on_progress, on_batch
 
 
 def _now() -> str:

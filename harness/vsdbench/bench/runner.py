@@ -99,7 +99,7 @@ class Runner:
         self.methods = list(methods)
         self.store = store
         self._on_progress = on_progress
-        self._run_id = str(store.manifest["run_id"])
+        self.run_id = str(store.manifest["run_id"])
         self._references = self._stored_references()
         is_control = any(isinstance(method.drafter, Misled) for method in methods)
         self._exchanged = exchanged_prompts(suite) if is_control else {}
@@ -133,7 +133,7 @@ class Runner:
     def _run_block(self, block: Block) -> None:
         order = list(enumerate(self._shuffled(block)))
         todo = [(place, method) for place, method in order if self._key(block, method) not in self.store.done]
-        prompt = self._encode(block)
+        prompt = self.encode(block)
         if len(prompt) >= self.target.max_positions:
             raise ConfigError(
                 f"The prompt '{block.prompt.id}' has {len(prompt)} tokens at turn {block.turn + 1}, but "
@@ -141,9 +141,9 @@ class Runner:
             )
         waiting: list[_Decoded] = []
         for place, method in todo:
-            settings = self._settings(block, method)
+            settings = self.settings(block, method)
             if isinstance(method.drafter, Misled) and block.prompt.id in self._exchanged:
-                method.drafter.show(self._encode(replace(block, prompt=self._exchanged[block.prompt.id])))
+                method.drafter.show(self.encode(replace(block, prompt=self._exchanged[block.prompt.id])))
             generation = method.run(prompt, settings)
             if method.name == REFERENCE:
                 self._references.setdefault(self._reference_key(block), generation.token_ids)
@@ -160,14 +160,14 @@ class Runner:
         done: _Decoded,
     ) -> None:
         method, settings, generation = done.method, done.settings, done.generation
-        reference = self._references[self._reference_key(block)]
+        reference = self.reference(block)
         verdict, divergence = compare(self.target, prompt, reference, generation.token_ids, settings)
         if method.name == REFERENCE and verdict == "equal":
             verdict = "reference"
         config, sampling = self.suite.config, settings.sampling
         shape = method.shape_in(block.mode.name)
         record = Record(
-            run_id=self._run_id,
+            run_id=self.run_id,
             suite=config.name,
             suite_version=str(config.version),
             prompt_id=block.prompt.id,
@@ -211,7 +211,8 @@ class Runner:
 
     # ---- what a block needs ----
 
-    def _settings(self, block: Block, method: Method) -> DecodeSettings:
+    def settings(self, block: Block, method: Method) -> DecodeSettings:
+        """Return how a method decodes a block."""
         mode = block.mode
         return DecodeSettings(
             max_new_tokens=self.suite.config.generation.max_new_tokens,
@@ -231,13 +232,17 @@ class Runner:
         random.Random(key).shuffle(methods)
         return methods
 
-    def _encode(self, block: Block) -> Sequence[int]:
+    def encode(self, block: Block) -> Sequence[int]:
         """Return the prompt's tokens: the conversation so far, with the reference's answers to the earlier turns."""
         answers = []
         for turn in range(block.turn):
             tokens = self._references[self._reference_key(Block(block.prompt, block.mode, turn, 0))]
             answers.append(self.target.tokenizer.decode(tokens, skip_special_tokens=True))
         return encode_turn(self.target, block.prompt, self.suite.config.generation, answers)
+
+    def reference(self, block: Block) -> list[int]:
+        """Return the answer of plain decoding."""
+        return self._references[self._reference_key(block)]
 
     def _key(self, block: Block, method: Method) -> RecordKey:
         mode = block.mode
@@ -267,9 +272,9 @@ class Runner:
         """Decode a few tokens with every method and mode, so that no first-call cost is inside a measurement."""
         for mode in self.suite.config.modes:
             block = Block(prompt, mode, 0, 0)
-            tokens = self._encode(block)
+            tokens = self.encode(block)
             for method in self.methods:
-                settings = self._settings(block, method)
+                settings = self.settings(block, method)
                 short: dict[str, Any] = {
                     name: getattr(settings, name) for name in ("shape", "rule", "sampling", "seed")
                 }

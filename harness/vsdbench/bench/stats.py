@@ -215,7 +215,7 @@ def same_method_control(records: pd.DataFrame, *, confidence: float = CONFIDENCE
     if len(repeats) < 2:
         return None
     first, second = (records[records["repeat"] == repeat] for repeat in repeats[:2])
-    return _t_estimate(log_ratios(first, second).to_numpy(np.float64), confidence).map(math.exp)
+    return t_estimate(log_ratios(first, second).to_numpy(np.float64), confidence).map(math.exp)
 
 
 def category_interval(
@@ -228,7 +228,7 @@ def category_interval(
         categories: Category of each prompt, with the same index.
         confidence: Two-sided level.
     """
-    return _t_estimate(values.groupby(categories.reindex(values.index)).mean().to_numpy(np.float64), confidence)
+    return t_estimate(values.groupby(categories.reindex(values.index)).mean().to_numpy(np.float64), confidence)
 
 
 def two_level_bootstrap(
@@ -300,7 +300,7 @@ def minimum_detectable_effect(
     return float(quantiles * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def _t_estimate(values: NDArray[np.floating[Any]], confidence: float) -> Estimate:
+def t_estimate(values: NDArray[np.floating[Any]], confidence: float = CONFIDENCE) -> Estimate:
     """Return the mean of ``values [n]`` with its Student t interval."""
     if len(values) < 2:
         return Estimate(value=float(values[0]) if len(values) else None, ci=None, num_units=len(values))

@@ -13,10 +13,12 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from vsdbench.bench import checks, metrics, stats
+from vsdbench.bench.batches import summarise_batches
 from vsdbench.bench.diagnostics import METRICS, misalignment
 from vsdbench.bench.image_controls import image_controls
 from vsdbench.bench.paired import Frames
 from vsdbench.errors import ConfigError
+from vsdbench.store.batches import BatchRecord
 from vsdbench.store.frames import to_frames
 from vsdbench.store.records import Record
 
@@ -30,6 +32,7 @@ def summarise(
     manifest: Mapping[str, Any] | None = None,
     seed: int = 0,
     num_resamples: int = stats.NUM_RESAMPLES,
+    batches: Sequence[BatchRecord] = (),
 ) -> Summary:
     """Return the summary of one run as plain JSON data.
 
@@ -46,17 +49,20 @@ def summarise(
     where that was not recorded.
     ``image_controls`` is there only where drafters were shown other pictures than the target, and says what they lost
     (``bench.image_controls``).
+    ``batches`` is there for runs with several batch sizes (``bench.batches``).
 
     Args:
         records: Of one run, not empty.
         manifest: The run's manifest; ``device`` and which drafters are controls are taken from it.
         seed: Of every bootstrap.
         num_resamples: Of every bootstrap.
+        batches: Of the same run.
 
     Raises:
         ConfigError: No records, or records of several runs, targets or dtypes.
     """
-    return summarise_frames(to_frames(records), manifest=manifest, seed=seed, num_resamples=num_resamples)
+    summary = summarise_frames(to_frames(records), manifest=manifest, seed=seed, num_resamples=num_resamples)
+    return summary | {"batches": summarise_batches(batches)} if batches else summary
 
 
 def summarise_frames(

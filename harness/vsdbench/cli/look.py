@@ -78,6 +78,7 @@ def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
 
     from vsdbench.bench.summary import summarise
     from vsdbench.report.tables import print_summary
+    from vsdbench.store.batches import load_batches
     from vsdbench.store.store import load_manifest, load_records
 
     records, manifest = load_records(run), load_manifest(run)
@@ -90,7 +91,7 @@ def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
             print_json(result)
             return
         print_result(result, Console(highlight=False))
-    summary = summarise(records, manifest=manifest)
+    summary = summarise(records, manifest=manifest, batches=load_batches(run))
     if as_json:
         print_json(summary)
     else:

@@ -1,4 +1,4 @@
-"""The decode loop. There is one: autoregressive decoding is the same loop with trees that have no nodes.
+"""The decode loop. There is one: plain decoding is the loop with trees that have no nodes, one prompt a batch of one.
 
 A step: the drafter proposes a tree, the target scores it in one forward, a verification rule decides what is kept,
 target and drafter commit it. Drafters never verify, commit or time anything; this file does, and nothing else does.
@@ -16,12 +16,13 @@ import torch
 from vsdbench.decoding.interfaces import (
     Drafted,
     Drafter,
+    DraftsTogether,
     Generation,
+    Request,
     StepRecord,
     TargetState,
     TokenTree,
     TreeShape,
-    Verdict,
     VerifyRule,
 )
 from vsdbench.decoding.sampling import SamplingParams
@@ -29,6 +30,7 @@ from vsdbench.decoding.tree import empty_tree
 from vsdbench.decoding.verify import verify
 from vsdbench.errors import ConfigError
 from vsdbench.models.device import synchronize
+from vsdbench.models.together import Together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +65,10 @@ class Autoregressive:
 
     name = "autoregressive"
 
+    def fork(self) -> Autoregressive:
+        """Return this one: it has no state."""
+        return self
+
     def begin(self, state: TargetState, max_length: int) -> None:
         """Nothing to prepare."""
 
@@ -92,7 +98,79 @@ def end_of_answer(target: Target, prompt: Sequence[int], settings: DecodeSetting
     return min(len(prompt) + settings.max_new_tokens, target.max_positions)
 
 
-@torch.inference_mode()
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One answer on its way."""
+
+    index: int
+    state: SequenceState
+    drafter: Drafter
+    settings: DecodeSettings
+    end: int
+    eos_ids: frozenset[int]
+    generator: torch.Generator
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    stop: str | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    kept: list[Drafted] = field(default_factory=list)
+
+    def judge(self, tree: TokenTree, logits: Tensor) -> tuple[list[int], list[int]]:
+        """Return the accepted path and the tokens to commit, cut at the end of the answer."""
+        settings, state = self.settings, self.state
+        verdict = verify(
+            settings.rule,
+            tree,
+            logits,
+            params=settings.sampling,
+            seed=settings.seed,
+            position=len(state.tokens),
+            generator=self.generator,
+        )
+        drafts = tree.tokens.tolist()
+        tokens = [*(drafts[node] for node in verdict.path), verdict.next_token]
+        tokens = _cut(tokens, self.end - len(state.tokens), self.eos_ids)
+        return verdict.path[: len(tokens)], tokens
+
+    def note(
+        self,
+        tree: TokenTree,
+        path: list[int],
+        num_emitted: int,
+        times: tuple[float, float, float],
+        num_sequences: int,
+    ) -> None:
+        """Add a step; ``times`` are seconds of drafting, verification and the rest."""
+        self.decode_s += sum(times)
+        self.steps.append(
+            StepRecord(
+                num_nodes=len(tree),
+                depth=max(tree.depths, default=0),
+                num_accepted=len(path),
+                num_emitted=num_emitted,
+                draft_ms=1e3 * times[0],
+                verify_ms=1e3 * times[1],
+                other_ms=1e3 * times[2],
+                num_sequences=num_sequences,
+            )
+        )
+        # References only, and not to draft_probs, which may be large; the counting waits until the answer is done.
+        self.kept.append(Drafted(tree.parents, tree.log_probs, path, tree.has_probs, tree.draft_probs is not None))
+
+    def generation(self) -> Generation:
+        """Return the finished answer."""
+        num_prompt = len(self.state.prompt)
+        cut_short = self.stop == "length" and self.end < num_prompt + self.settings.max_new_tokens
+        return Generation(
+            token_ids=self.state.tokens[num_prompt:],
+            stop_reason="context" if cut_short else str(self.stop),
+            prefill_s=self.prefill_s,
+            decode_s=self.decode_s,
+            steps=self.steps,
+            drafted=self.kept,
+        )
+
+
 def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: DecodeSettings) -> Generation:
     """Return the answer to a prompt with its per-step measurements.
 
@@ -105,84 +183,129 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
     Raises:
         ConfigError: The prompt is empty or longer than the target's context.
     """
-    device, params = target.device, settings.sampling
-    eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
-    end = end_of_answer(target, prompt, settings)
-    max_length = end + settings.shape.budget + 1
-    generator = torch.Generator().manual_seed(settings.seed)
+    return decode_together(target, [drafter], [prompt], [settings])[0]
 
-    # Prefill: the prompt through target and drafter, and the first token.
-    synchronize(device)
-    started = time.perf_counter()
-    state = target.prefill(prompt, max_length)
-    first = _verify(empty_tree(device), state.next_logits[None], state, settings, generator).next_token
-    state.tokens.append(first)
-    drafter.begin(state, max_length)
-    synchronize(device)
-    prefilled = now = time.perf_counter()
 
-    steps: list[StepRecord] = []
-    kept: list[Drafted] = []
-    stop = _stop_reason(state.tokens, end, [first], eos_ids)
-    while stop is None:
-        # 1. Draft a tree under the last committed token.
-        tree = drafter.propose(state, settings.shape, temperature=params.temperature, generator=generator)
-        synchronize(device)
+@torch.inference_mode()
+def decode_together(
+    target: Target,
+    drafters: Sequence[Drafter],
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[DecodeSettings],
+) -> list[Generation]:
+    """Return the answers to some prompts, decoded as many at a time as there are drafters.
+
+    A step is one target forward for all of them. An answer that ends gives its place to the next prompt that waits, and
+    where none waits the batch gets smaller. An answer is the same whatever is decoded beside it. A step's times are
+    those of the whole step, in every answer that was part of it; the prefill of another prompt is in none.
+
+    Args:
+        target: The model whose distribution the answers have.
+        drafters: One for each place, with states of their own (``Drafter.fork``).
+        prompts: Token ids of each prompt.
+        settings: Of each prompt.
+
+    Raises:
+        ConfigError: A prompt is empty or longer than the target's context, or the target decodes one at a time.
+    """
+    ends = [end_of_answer(target, prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
+    max_length = max(end + own.shape.budget + 1 for end, own in zip(ends, settings, strict=True))
+    together = Together(target, len(drafters), max_length)
+    waiting = list(zip(range(len(prompts)), prompts, settings, ends, strict=True))[::-1]
+    free = list(drafters)[::-1]
+    live: list[_Sequence] = []
+    done: dict[int, Generation] = {}
+    now = 0.0
+    while waiting or live:
+        # 0. Prefill what there is room for: the prompt through target and drafter, and the first token.
+        while waiting and free:
+            live.append(_begin(together, free.pop(), *waiting.pop(), max_length))
+            live = _retire(live, together, free, done)
+            now = time.perf_counter()
+        if not live:
+            break
+        # 1. Draft a tree under the last committed token of each.
+        trees = _propose(live)
+        synchronize(target.device)
         drafted = time.perf_counter()
-        # 2. One target forward over the whole tree.
-        output = target.forward_tree(state, tree)
-        synchronize(device)
+        # 2. One target forward over all trees.
+        outputs = together.forward_trees([sequence.state for sequence in live], trees)
+        synchronize(target.device)
         scored = time.perf_counter()
         # 3. Decide what is kept, and cut it at the end of the answer.
-        verdict = _verify(tree, output.logits, state, settings, generator)
-        drafts = tree.tokens.tolist()
-        tokens = [*(drafts[node] for node in verdict.path), verdict.next_token]
-        tokens = _cut(tokens, end - len(state.tokens), eos_ids)
-        # 4. Commit. A path that ran past the end is cut with its tokens, so the counts are of tokens that exist.
-        path = verdict.path[: len(tokens)]
-        state.commit(path[: len(tokens) - 1], tokens)
-        stop = _stop_reason(state.tokens, end, tokens, eos_ids)
+        verdicts = [s.judge(tree, output.logits) for s, tree, output in zip(live, trees, outputs, strict=True)]
+        # 4. Commit. A path that ran past the end was cut with its tokens, so the counts are of tokens that exist.
+        for sequence, (path, tokens) in zip(live, verdicts, strict=True):
+            sequence.state.commit(path[: len(tokens) - 1], tokens)
+            sequence.stop = _stop_reason(sequence.state.tokens, sequence.end, tokens, sequence.eos_ids)
         committed = time.perf_counter()
-        if stop is None:
-            drafter.commit(state, len(path), output.features[[0, *(node + 1 for node in path)]])
-        synchronize(device)
+        for sequence, (path, _), output in zip(live, verdicts, outputs, strict=True):
+            if sequence.stop is None:
+                features = output.features[[0, *(node + 1 for node in path)]]
+                sequence.drafter.commit(sequence.state, len(path), features)
+        synchronize(target.device)
         ended = time.perf_counter()
-        steps.append(
-            StepRecord(
-                num_nodes=len(tree),
-                depth=max(tree.depths, default=0),
-                num_accepted=len(path),
-                num_emitted=len(tokens),
-                draft_ms=1e3 * (drafted - now + ended - committed),
-                verify_ms=1e3 * (scored - drafted),
-                other_ms=1e3 * (committed - scored),
-            )
-        )
-        # References only, and not to draft_probs, which may be large; the counting waits until the answer is done.
-        kept.append(Drafted(tree.parents, tree.log_probs, path, tree.has_probs, tree.draft_probs is not None))
+        times = drafted - now + ended - committed, scored - drafted, committed - scored
         now = ended
-    return Generation(
-        token_ids=state.tokens[len(prompt) :],
-        stop_reason="context" if stop == "length" and end < len(prompt) + settings.max_new_tokens else stop,
-        prefill_s=prefilled - started,
-        decode_s=now - prefilled,
-        steps=steps,
-        drafted=kept,
-    )
+        for sequence, tree, (path, tokens) in zip(live, trees, verdicts, strict=True):
+            sequence.note(tree, path, len(tokens), times, len(live))
+        live = _retire(live, together, free, done)
+    return [done[index] for index in range(len(prompts))]
 
 
-def _verify(
-    tree: TokenTree, logits: Tensor, state: SequenceState, settings: DecodeSettings, generator: torch.Generator
-) -> Verdict:
-    return verify(
-        settings.rule,
-        tree,
-        logits,
-        params=settings.sampling,
-        seed=settings.seed,
-        position=len(state.tokens),
-        generator=generator,
-    )
+def _retire(
+    sequences: list[_Sequence], together: Together, free: list[Drafter], done: dict[int, Generation]
+) -> list[_Sequence]:
+    """Return those that go on; the others become answers, and their drafters and places are free."""
+    for sequence in sequences:
+        if sequence.stop is not None:
+            done[sequence.index] = sequence.generation()
+            together.leave(sequence.state)
+            free.append(sequence.drafter)
+    return [sequence for sequence in sequences if sequence.stop is None]
+
+
+def _begin(  # noqa: PLR0917 - what waits, and where it goes
+    together: Together,
+    drafter: Drafter,
+    index: int,
+    prompt: Sequence[int],
+    settings: DecodeSettings,
+    end: int,
+    max_length: int,
+) -> _Sequence:
+    """Return a sequence with its first token."""
+    device = together.target.device
+    eos_ids = together.target.eos_ids if settings.eos_ids is None else settings.eos_ids
+    synchronize(device)
+    started = time.perf_counter()
+    state = together.prefill(prompt)
+    generator = torch.Generator().manual_seed(settings.seed)
+    sequence = _Sequence(index, state, drafter, settings, end, eos_ids, generator)
+    _, first = sequence.judge(empty_tree(device), state.next_logits[None])
+    state.tokens += first
+    drafter.begin(state, max_length)
+    synchronize(device)
+    sequence.prefill_s = time.perf_counter() - started
+    sequence.stop = _stop_reason(state.tokens, end, first, eos_ids)
+    return sequence
+
+
+def _propose(sequences: Sequence[_Sequence]) -> list[TokenTree]:
+    """Return a tree each, from all drafters at once where they can."""
+    drafters = [sequence.drafter for sequence in sequences]
+    if len(drafters) > 1 and isinstance(drafters[0], DraftsTogether):
+        requests = [Request(s.state, s.settings.shape, s.settings.sampling.temperature, s.generator) for s in sequences]
+        return drafters[0].propose_together(drafters, requests)
+    return [
+        sequence.drafter.propose(
+            sequence.state,
+            sequence.settings.shape,
+            temperature=sequence.settings.sampling.temperature,
+            generator=sequence.generator,
+        )
+        for sequence in sequences
+    ]
 
 
 def _cut(tokens: list[int], room: int, eos_ids: frozenset[int]) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,8 @@ class Drafter(Protocol):
     ``commit`` in turn. A drafter may keep state between calls but must not depend on earlier sequences.
 
     A drafter that cannot draft deeper than some depth, whatever it is asked for, says so by an attribute ``max_depth``.
+    One that can draft for several sequences has a method ``fork() -> Drafter``, which gives another one with the same
+    weights and a state of its own (``bench.methods.forks``); ``DraftsTogether`` makes that cheaper.
     """
 
     name: str
@@ -157,9 +159,35 @@ class Drafter(Protocol):
         """
 
 
+class Request(NamedTuple):
+    """What ``Drafter.propose`` is asked for, as one value."""
+
+    state: TargetState
+    shape: TreeShape
+    temperature: float
+    generator: torch.Generator
+
+
+@runtime_checkable
+class DraftsTogether(Protocol):
+    """A drafter that can draft for several sequences at once; where there are several, the engine asks for that."""
+
+    def propose_together(self, drafters: Sequence[Any], requests: Sequence[Request]) -> list[TokenTree]:
+        """Return the tree that each drafter would propose by itself.
+
+        Args:
+            drafters: Forks of one drafter, this one the first.
+            requests: One each.
+        """
+
+
 @dataclass(slots=True)
 class StepRecord:
-    """One verification step as it was: counts and milliseconds, nothing derived."""
+    """One verification step as it was: counts and milliseconds, nothing derived.
+
+    Where several sequences are decoded together, counts are of this sequence, and times of the step for all
+    ``num_sequences`` of them.
+    """
 
     num_nodes: int
     depth: int
@@ -168,6 +196,7 @@ class StepRecord:
     draft_ms: float
     verify_ms: float
     other_ms: float
+    num_sequences: int = 1
 
 
 class Drafted(NamedTuple):
@@ -196,7 +225,8 @@ class Generation:
         token_ids: Output tokens, the first (sampled from the prefill) included, cut at EOS and the limit.
         stop_reason: ``eos``, ``length`` or ``context``.
         prefill_s: Target and drafter prefill up to and including the first token.
-        decode_s: Everything after it; ``len(token_ids) - 1`` tokens were emitted in this time.
+        decode_s: Everything after it; ``len(token_ids) - 1`` tokens were emitted in this time. Where several sequences
+            are decoded together: while this one was among them, without the prefills of others.
         steps: One record a verification step.
         drafted: The step's tree and what was kept of it, one a step; empty where an engine does not tell.
     """

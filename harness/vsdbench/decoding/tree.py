@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree, TreeShape
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class LevelScorer(Protocol):
@@ -77,17 +75,69 @@ def grow(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator
         temperature: Temperature of decoding; sampled children are drawn at it (at 1 when decoding is greedy).
         generator: Source of the draws of a ``sampled`` shape; the others never touch it.
     """
+    return grow_together(
+        [growth(scorer, shape, temperature=temperature, generator=generator)],
+        lambda levels: [scorer.level(*level) for level in levels.values()],
+    )[0]
+
+
+class Level(NamedTuple):
+    """What ``LevelScorer.level`` is asked for, as one value."""
+
+    tokens: Tensor
+    parent_slots: Sequence[int]
+    depth: int
+
+
+Growing: TypeAlias = Generator[Level, Tensor, TokenTree]
+"""A tree that grows: yields the level to be scored next, is sent ``[M, Vd]`` log-probabilities, returns the tree."""
+
+
+def grow_together(growths: Sequence[Growing], score: Callable[[dict[int, Level]], Sequence[Tensor]]) -> list[TokenTree]:
+    """Return the trees of several growths, which go on level by level in step.
+
+    Args:
+        growths: One a tree.
+        score: Scores the levels of those that still grow, by their index, in order.
+    """
+    trees: dict[int, TokenTree] = {}
+    levels: dict[int, Level] = {}
+
+    def advance(index: int, scored: Tensor | None) -> None:
+        try:
+            levels[index] = growths[index].send(scored)  # type: ignore[arg-type]  # None starts a generator
+        except StopIteration as grown:
+            trees[index] = grown.value
+
+    for index in range(len(growths)):
+        advance(index, None)
+    while levels:
+        asked, scored = list(levels), score(levels)
+        levels = {}
+        for index, log_probs in zip(asked, scored, strict=True):
+            advance(index, log_probs)
+    return [trees[index] for index in range(len(growths))]
+
+
+def growth(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator: torch.Generator) -> Growing:
+    """Return the growth of a tree; arguments as those of ``grow``, of ``scorer`` all but ``level`` is used."""
     root = scorer.root()
     if shape.budget < 1 or shape.depth < 1:
-        return empty_tree(root.device)
+        return _nothing(root)
     if root.shape[-1] < shape.top_k:
         shape = replace(shape, top_k=root.shape[-1])
     if shape.kind == "dynamic":
         return _grow_dynamic(scorer, root, shape)
-    walk = _TopologyWalk(scorer, root, fixed_topology(shape))
+    walk = _TopologyWalk(root, fixed_topology(shape))
     if shape.kind == "sampled":
         return _grow_sampled(scorer, walk, temperature if temperature > 0 else 1.0, generator)
     return _grow_ranked(scorer, walk)
+
+
+def _nothing(root: Tensor) -> Growing:
+    """Grow no node."""
+    yield from ()
+    return empty_tree(root.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,24 +209,24 @@ def fixed_topology(shape: TreeShape) -> Topology:
     return Topology(tuple(parents), tuple(ranks), tuple(depths), tuple(levels), tuple(children))
 
 
-def _grow_ranked(scorer: LevelScorer, walk: _TopologyWalk) -> TokenTree:
+def _grow_ranked(scorer: LevelScorer, walk: _TopologyWalk) -> Growing:
     """Fill a topology with the top-ranked children."""
-    for log_probs, rows in walk:
-        width = max(walk.topology.num_children[row] for row in rows)
+    for level in walk.levels():
+        log_probs = walk.root if level is None else (yield level)
+        width = max(walk.topology.num_children[row] for row in walk.rows)
         top = log_probs.topk(width, dim=-1)
         walk.place(scorer.to_target(top.indices), top.values)
     return walk.tree()
 
 
-def _grow_sampled(
-    scorer: LevelScorer, walk: _TopologyWalk, temperature: float, generator: torch.Generator
-) -> TokenTree:
+def _grow_sampled(scorer: LevelScorer, walk: _TopologyWalk, temperature: float, generator: torch.Generator) -> Growing:
     """Fill a topology with children drawn without replacement, in the order drawn (Gumbel top-k, arXiv 1903.06059)."""
     topology = walk.topology
     draft_probs: Tensor | None = None
-    for log_probs, rows in walk:
+    for level in walk.levels():
+        log_probs = walk.root if level is None else (yield level)
         tempered = torch.log_softmax(log_probs / temperature, dim=-1)
-        width = max(topology.num_children[row] for row in rows)
+        width = max(topology.num_children[row] for row in walk.rows)
         uniform = torch.rand(tempered.shape, generator=generator, device=generator.device).to(tempered.device)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 2**-24)))
         drawn = (tempered + gumbel).topk(width, dim=-1).indices
@@ -184,46 +234,47 @@ def _grow_sampled(
         if draft_probs is None:
             draft_probs = tempered.new_zeros(len(topology.parents) + 1, scorer.vocab_size)
         ids = scorer.to_target(torch.arange(tempered.shape[-1], device=tempered.device))
-        draft_probs[torch.tensor(rows, device=tempered.device)[:, None], ids] = tempered.exp()
+        draft_probs[torch.tensor(walk.rows, device=tempered.device)[:, None], ids] = tempered.exp()
     return walk.tree(draft_probs)
 
 
 class _TopologyWalk:
-    """Iterates over the levels of a fixed topology: yields the scores of the rows that have children, takes tokens."""
+    """Walks over the levels of a fixed topology: says which are to be scored, takes the tokens.
 
-    def __init__(self, scorer: LevelScorer, root: Tensor, topology: Topology) -> None:
+    Attributes:
+        root: ``[1, Vd]`` log-probabilities of the root's children.
+        topology: The topology.
+        rows: The R rows whose children come next.
+    """
+
+    def __init__(self, root: Tensor, topology: Topology) -> None:
+        self.root = root[None]
         self.topology = topology
-        self._scorer = scorer
-        self._root = root
+        self.rows = [0]
         self._slots: dict[int, int] = {-1: -1}
         self._tokens: list[Tensor] = []
         self._log_probs: list[Tensor] = []
 
-    def __iter__(self) -> _TopologyWalk:
-        return self
-
-    def __next__(self) -> tuple[Tensor, list[int]]:
-        """Return ``[R, Vd]`` log-probabilities and the R rows that have children at the level that comes next."""
-        done = len(self._tokens)
+    def levels(self) -> Iterator[Level | None]:
+        """Yield None for the root, then the rows that have children, level by level; ``place`` comes in between."""
         topology = self.topology
-        if done == len(topology.levels):
-            raise StopIteration
-        if done == 0:
-            self._rows = [0]
-            return self._root[None], self._rows
-        level = topology.levels[done - 1]
-        inner = [i for i, node in enumerate(level) if topology.num_children[node + 1]]
-        parents = [self._slots[topology.parents[level[i]]] for i in inner]
-        for i in inner:
-            self._slots[level[i]] = len(self._slots) - 1
-        self._rows = [level[i] + 1 for i in inner]
-        return self._scorer.level(self._tokens[-1][inner], parents, done), self._rows
+        for done in range(len(topology.levels)):
+            if done == 0:
+                yield None
+                continue
+            level = topology.levels[done - 1]
+            inner = [i for i, node in enumerate(level) if topology.num_children[node + 1]]
+            parents = [self._slots[topology.parents[level[i]]] for i in inner]
+            for i in inner:
+                self._slots[level[i]] = len(self._slots) - 1
+            self.rows = [level[i] + 1 for i in inner]
+            yield Level(self._tokens[-1][inner], parents, done)
 
     def place(self, tokens: Tensor, log_probs: Tensor) -> None:
         """Take ``[R, K]`` target ids and log-probabilities, by rank, for the rows just yielded."""
         topology = self.topology
         level = topology.levels[len(self._tokens)]
-        line = {row: i for i, row in enumerate(self._rows)}
+        line = {row: i for i, row in enumerate(self.rows)}
         rows = [line[topology.parents[node] + 1] for node in level]
         ranks = [topology.ranks[node] for node in level]
         self._tokens.append(tokens[rows, ranks])
@@ -236,10 +287,10 @@ class _TopologyWalk:
         )
 
 
-def _grow_dynamic(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> TokenTree:
+def _grow_dynamic(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> Growing:
     """Grow by cumulative log-probability, then keep the ``budget`` best nodes of all that were scored.
 
-    A node's cumulative log-probability is at most its parent's, so the kept set is always a tree. Growth stops before
+    A node's cumulative log-probability is at most its parent's, so the kept set is always a tree. Growing stops before
     ``depth`` when no descendant of the frontier can enter the kept set any more: the result is the same, cheaper.
     """
     width = shape.top_k
@@ -252,7 +303,7 @@ def _grow_dynamic(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> TokenT
     frontier_scores = top.values
     slots: dict[int, int] = {-1: -1}
     for depth in range(1, shape.depth):
-        scored = scorer.level(frontier_tokens, [slots[parents[node]] for node in frontier], depth)
+        scored = yield Level(frontier_tokens, [slots[parents[node]] for node in frontier], depth)
         for node in frontier:
             slots[node] = len(slots) - 1
         top = scored.topk(width, dim=-1)

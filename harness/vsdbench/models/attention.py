@@ -38,12 +38,16 @@ def grouped_attention(  # noqa: PLR0917 - the order is transformers'
         dropout: Dropout probability.
         scaling: Factor of the scores; None means 1 / sqrt(head_dim).
         **kwargs: ``softcap`` and ``s_aux`` (attention sinks) are refused: such models use their eager attention.
-            ``is_causal`` goes before the layer's own word; vision towers are not causal.
+            ``is_causal`` goes before the layer's own word; vision towers are not causal. ``together`` is there where
+            the rows are those of several sequences (``models.together``), and attends in their place.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         msg = "this attention supports neither soft-capping nor sinks; load the target with attention='eager'"
         raise ValueError(msg)
     batch, heads, num_queries, width = query.shape
+    if (together := kwargs.get("together")) is not None:
+        parts = tuple(part[0].transpose(0, 1) for part in (query, key, value))
+        return together.attend(module.layer_idx, parts, attention_mask, scaling).view(1, num_queries, heads, -1), None  # type: ignore[attr-defined]
     groups = heads // key.shape[1]
     if attention_mask is None or groups == 1:
         causal = kwargs.get("is_causal")

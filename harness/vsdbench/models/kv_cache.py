@@ -71,12 +71,16 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
 
     def buffer(self, name: str, states: Tensor, index: int) -> Tensor:
         """Return layer ``index``'s buffer for states of this shape, ``[1, num_kv_heads, capacity, head_dim]``."""
-        batch, heads, _, width = states.shape
+        _, heads, _, width = states.shape
         key = (name, heads, width)
         if key not in self._buffers:
-            shape = (len(self.layers), batch, heads, self.capacity, width)
-            self._buffers[key] = torch.zeros(shape, dtype=states.dtype, device=states.device)
+            self._buffers[key] = self._allocate(key, states)
         return self._buffers[key][index]
+
+    def _allocate(self, key: tuple[str, int, int], states: Tensor) -> Tensor:
+        _, heads, width = key
+        shape = (len(self.layers), len(states), heads, self.capacity, width)
+        return torch.zeros(shape, dtype=states.dtype, device=states.device)
 
     def reset(self) -> None:
         """Forget the sequence; the buffers stay."""
@@ -98,3 +102,46 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
     def num_bytes(self) -> int:
         """Bytes of all buffers allocated so far."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class CachePool:
+    """Caches of sequences that are decoded together, over common buffers, so that one kernel may read them all.
+
+    Args:
+        num_layers: Layers of the model.
+        num_slots: Sequences that fit.
+        capacity: Tokens that fit into each, as in ``PreallocatedCache``.
+
+    Attributes:
+        caches: One a slot.
+        buffers: ``[num_layers, num_slots, num_kv_heads, capacity, head_dim]`` by name, heads and width.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.buffers: dict[tuple[str, int, int], Tensor] = {}
+        self.caches = [PooledCache(num_layers, self, slot) for slot in range(num_slots)]
+
+    @torch.inference_mode()
+    def move(self, cache: PooledCache, slot: int) -> PooledCache:
+        """Copy a sequence into another slot and return that slot's cache."""
+        for buffer in self.buffers.values():
+            buffer[:, slot, :, : cache.length] = buffer[:, cache.slot, :, : cache.length]
+        self.caches[slot].length = cache.length
+        return self.caches[slot]
+
+
+class PooledCache(PreallocatedCache):
+    """One slot of a pool."""
+
+    def __init__(self, num_layers: int, pool: CachePool, slot: int) -> None:
+        super().__init__(num_layers, pool.capacity)
+        self._pool = pool
+        self.slot = slot
+
+    def _allocate(self, key: tuple[str, int, int], states: Tensor) -> Tensor:
+        buffers, (_, heads, width) = self._pool.buffers, key
+        if key not in buffers:
+            shape = (len(self.layers), len(self._pool.caches), heads, self.capacity, width)
+            buffers[key] = torch.zeros(shape, dtype=states.dtype, device=states.device)
+        return buffers[key][:, self.slot : self.slot + 1]

@@ -82,13 +82,13 @@ class Masks:
         """Return the mask ``[1, 1, n or g * n, K]`` of any tokens.
 
         Args:
-            positions: ``[n]`` positions.
+            positions: ``[n]`` positions. Where B sequences are masked at once, a dimension of B leads all of these.
             visible: ``[n, K]`` bool: which keys each token attends to.
             key_positions: ``[K]`` positions of the keys, for sliding windows.
         """
         if self.window is None or not self._slides:
             return self._of_types(self._additive(visible))
-        windowed = self._additive(visible & (positions[:, None] - key_positions[None, :] < self.window))
+        windowed = self._additive(visible & (positions[..., None] - key_positions[..., None, :] < self.window))
         if not self._layer_types:  # Mistral: every layer slides
             return windowed
         return {"full_attention": self._additive(visible), "sliding_attention": windowed}
@@ -114,7 +114,7 @@ class Masks:
 
     def _additive(self, keep: Tensor) -> Tensor:
         mask = torch.zeros(keep.shape, dtype=self._dtype, device=self._device)
-        mask = mask.masked_fill_(~keep, torch.finfo(self._dtype).min)[None, None]
+        mask = mask.masked_fill_(~keep, torch.finfo(self._dtype).min).view(-1, 1, *keep.shape[-2:])
         return attention.stack_mask(mask, self._groups)  # once, and not once a layer
 
     def _of_types(self, mask: Tensor) -> Tensor | dict[str, Tensor]:

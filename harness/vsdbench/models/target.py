@@ -27,7 +27,7 @@ from vsdbench.models.encoding import ImageEncoder, Message, make_encoder
 from vsdbench.models.fused import FusedLayers, agree, can_fuse
 from vsdbench.models.image_prefill import read_images
 from vsdbench.models.image_prompt import ImagePrompt
-from vsdbench.models.kv_cache import PreallocatedCache
+from vsdbench.models.kv_cache import CachePool, PreallocatedCache
 from vsdbench.models.loading import choose_attention, eos_ids, layer_stack, load_model
 from vsdbench.models.masks import Masks
 from vsdbench.models.packed import can_pack, pack, unpack
@@ -46,8 +46,7 @@ class Target:
         tokenizer: Its tokenizer.
         encoder: Makes its prompts.
         fingerprint: Hash of weights and config.
-        hidden_size: H.
-        vocab_size: V, the width of the logits.
+        hidden_size, vocab_size: H, and V, the width of the logits.
         max_positions: Tokens that its position embedding allows.
         feature_layers: The three layers whose inputs are the features, ``(2, n // 2, n - 3)`` as in EAGLE-3.
         eos_ids: Tokens that end an answer.
@@ -91,6 +90,7 @@ class Target:
         self._hooks: list[RemovableHandle] = []
         self._watch()
         self._cache: PreallocatedCache | None = None
+        self.pool: CachePool | None = None  # of sequences decoded together (``together``)
         self.fused_layers: FusedLayers | None = None
         self._fuse()
 
@@ -135,7 +135,7 @@ class Target:
             raise ConfigError(f"num_layers is {count}, but '{self.name}' has {self.num_layers} layers.")
         setattr(self._stack, self._layers_name, self._layers()[:count])
         self.config.num_hidden_layers = self.num_layers = count
-        self._cache = None
+        self._cache = self.pool = None
         self._watch()
         self._fuse()
 
@@ -184,21 +184,23 @@ class Target:
     # ---- the two calls ----
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], max_length: int) -> SequenceState:
+    def prefill(self, tokens: Sequence[int], max_length: int, cache: PreallocatedCache | None = None) -> SequenceState:
         """Return the state after the prompt: its features and the logits of the token that follows.
 
         Args:
             tokens: The L prompt tokens.
             max_length: Rows that the cache must hold in all, scratch rows of a tree included.
+            cache: Where keys and values go; None: the target's own, of one sequence at a time.
 
         Raises:
             ConfigError: The prompt is empty or does not fit, or its images are read in a way that rules out decoding.
         """
         if not tokens:
             raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
-        if self._cache is None or self._cache.capacity < max_length:
+        if cache is None and (self._cache is None or self._cache.capacity < max_length):
             self._cache = PreallocatedCache(self.num_layers, max_length)
-        cache = self._cache
+        cache = self._cache if cache is None else cache
+        assert cache is not None
         cache.reset()
         state = SequenceState(tokens, cache)
         if not isinstance(tokens, ImagePrompt):
@@ -352,10 +354,8 @@ class Target:
         for hook in self._hooks:
             hook.remove()
         layers = self._layers()
-        self._hooks = [
-            layers[index].register_forward_pre_hook(self._keeper(index), with_kwargs=True)
-            for index in set(self.feature_layers)
-        ]
+        kept = set(self.feature_layers)
+        self._hooks = [layers[i].register_forward_pre_hook(self._keeper(i), with_kwargs=True) for i in kept]
         self._hooks.append(self.model.get_decoder().register_forward_hook(self._keep_last))
 
     def _keeper(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

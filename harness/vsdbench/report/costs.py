@@ -7,8 +7,21 @@ from collections.abc import Sequence
 
 from vsdbench.report import plots
 from vsdbench.report.facts import Row, Run, merged, plotted
-from vsdbench.report.figures import COLUMN, acceptance_figure
-from vsdbench.report.model import MISSING, Picture, Section, Table, fixed, named, number, percent, words
+from vsdbench.report.figures import COLUMN, acceptance_figure, batch_figure
+from vsdbench.report.model import (
+    MISSING,
+    Picture,
+    Section,
+    Table,
+    count,
+    estimate,
+    fixed,
+    named,
+    number,
+    percent,
+    words,
+)
+from vsdbench.report.tables import slower
 
 
 def acceptance(runs: Sequence[Run]) -> Section | None:
@@ -160,6 +173,56 @@ def time_table(runs: Sequence[Run]) -> Table | None:
             for row in rows
         ),
         note="In the CSV file as shares.",
+    )
+
+
+def batches(runs: Sequence[Run]) -> Section | None:
+    """Return throughput and speedup against the batch size, of a run that has batches."""
+    if len(runs) != 1 or not runs[0].summary.get("batches"):
+        return None
+    [run] = runs
+    rows = run.summary["batches"]
+    mode = rows[0]["mode"], rows[0]["temperature"]
+    text = (
+        "Alone, an answer leaves much of a processor idle while weights are read, and drafting uses what is idle. "
+        "Answers that are decoded together use it too, so the larger the batch, the less there is for drafts. "
+        "[[figure:batches]] and [[table:batches]] compare a drafter with plain decoding in batches of the same size. "
+        f"{slower(run.summary) or 'No drafter is slower than plain decoding at any batch size measured.'}"
+    )
+    picture = Picture(
+        name="batches",
+        title="Throughput and speedup against the batch size",
+        note=f"At T = {mode[1]:g}, all answers of a batch together, prefills apart. Bars: 95 % intervals over groups "
+        "of prompts. Trees are the same at every batch size.",
+        alt="Two panels over the batch size: tokens a second, and the speedup over plain decoding at that size.",
+        figure=batch_figure(run.summary, mode=mode[0], temperature=mode[1], layout=COLUMN),
+    )
+    return Section("Batches", (text, picture, batch_table(run)))
+
+
+def batch_table(run: Run) -> Table:
+    """Return one row a method x mode x batch size."""
+    return Table(
+        name="batches",
+        title="Decoding in batches",
+        columns=("drafter", "T", "batch", "in a step", "τ", "tokens/s", "ms a token", "drafter's share", "speedup"),
+        rows=tuple(
+            (
+                words(row["drafter"]),
+                words(f"{row['temperature']:g}"),
+                count(row["batch_size"]),
+                number(row["mean_sequences"], 1),
+                number(row["tau"]),
+                number(row["tokens_per_s"], 1),
+                number(row["ms_per_token"], 1),
+                percent(row["time_share"]["draft"]),
+                estimate(row["speedup"], row["speedup_ci"]),
+            )
+            for row in run.summary["batches"]
+        ),
+        note="In a step: answers that were decoded at once, on average. Ms a token: what one answer waits. Speedup: "
+        "over plain decoding at the same batch size, with 95 % intervals over groups of prompts (Student's t).",
+        wide=True,
     )
 
 

@@ -26,6 +26,7 @@ def build(runs: Sequence[Run], *, title: str | None, files: str) -> Document:
         costs.budget(runs),
         costs.pareto(runs),
         costs.time_shares(runs),
+        costs.batches(runs),
         examples.accepted_spans(runs),
         checks.other_pictures(runs),
         checks.losslessness(runs),

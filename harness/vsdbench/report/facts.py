@@ -15,9 +15,11 @@ import pandas as pd
 import yaml
 
 from vsdbench.bench import metrics
+from vsdbench.bench.batches import summarise_batches
 from vsdbench.bench.image_controls import misled
 from vsdbench.bench.paired import Difference, Frames, speedup_difference, tau_difference
 from vsdbench.bench.summary import Summary, summarise_frames
+from vsdbench.store.batches import load_batches
 from vsdbench.store.examples import Examples, load_examples
 from vsdbench.store.frames import to_frames
 from vsdbench.store.store import CONFIG, RECORDS, load_manifest, load_records
@@ -200,11 +202,17 @@ def load_run(folder: Path, label: str = "") -> Run:
         label=label,
         manifest=manifest,
         config=config or {},
-        summary=ordered(summarise_frames(frames, manifest=manifest), manifest),
+        summary=ordered(summarise_frames(frames, manifest=manifest), manifest) | _batches(folder),
         frames=frames,
         analysis=analysis,
         digest=hashlib.sha256((folder / RECORDS).read_bytes()).hexdigest(),
     )
+
+
+def _batches(folder: Path) -> dict[str, Any]:
+    """Return the summary's entry of batches, where a run has some."""
+    records = load_batches(folder)
+    return {"batches": summarise_batches(records)} if records else {}
 
 
 def ordered(summary: Summary, manifest: Mapping[str, Any]) -> Summary:

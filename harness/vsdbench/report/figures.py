@@ -91,7 +91,7 @@ def write_figures(summary: Summary, directory: Path) -> list[Path]:
     """Write every figure that the summary has numbers for, as SVG and PNG, and return their paths.
 
     ``speedup`` (method x mode), ``speedup_by_category_<mode>`` where there are several categories (with the
-    temperature where a mode has several), ``acceptance_by_depth``.
+    temperature where a mode has several), ``acceptance_by_depth``, and ``batches_<mode>`` where there are batches.
     """
     directory.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -106,6 +106,9 @@ def write_figures(summary: Summary, directory: Path) -> list[Path]:
                 written += save(category_figure(summary, mode=mode, temperature=temperature), directory / stem)
         if any(row["acceptance_by_depth"] for row in overall):
             written += save(acceptance_figure(summary), directory / "acceptance_by_depth")
+        for mode, temperature in _modes(summary.get("batches", [])):
+            stem = f"batches_{mode}" + (f"_t{temperature:g}" if mode == "stochastic" else "")
+            written += save(batch_figure(summary, mode=mode, temperature=temperature), directory / stem)
     return written
 
 
@@ -174,6 +177,47 @@ def acceptance_figure(summary: Summary, layout: Layout = SCREEN) -> Figure:
             axes.set(xlim=(0.7, deepest + 0.3), ylim=(0, 1))
             axes.grid(axis="y", color="0.9", linewidth=0.6)
         panels[0].set_ylabel("kept / reached")
+        legend(figure, panels, layout)
+    return figure
+
+
+def batch_figure(summary: Summary, *, mode: str, temperature: float, layout: Layout = SCREEN) -> Figure:
+    """Return throughput and speedup against the batch size, a panel each, a line a method."""
+    rows = [row for row in summary["batches"] if (row["mode"], row["temperature"]) == (mode, temperature)]
+    plain = {"color": "0.25", "marker": "o", "dashes": (0, (4, 2))}
+    sizes = sorted({row["batch_size"] for row in rows})
+    names = list(dict.fromkeys(row["drafter"] for row in rows))
+    wide = layout is SCREEN
+    with styled(layout):
+        figure = empty(layout.width_in, names, layout)
+        panels = figure.subplots(1, 2)
+        for axes, measure in zip(panels, ("tokens_per_s", "speedup"), strict=True):
+            for name in names:
+                look = looks(summary).get(name, plain)
+                points = [row for row in rows if row["drafter"] == name and row[measure] is not None]
+                if not points:
+                    continue
+                values = [row[measure] for row in points]
+                axes.plot(
+                    [row["batch_size"] for row in points], values, color=look["color"], marker=look["marker"],
+                    linestyle=look["dashes"], label=name, linewidth=1.4 if wide else 1.0, markersize=5 if wide else 4,
+                    markeredgecolor="white", markeredgewidth=0.5,
+                )  # fmt: skip
+                for row, value in zip(points, values, strict=True):
+                    if measure == "speedup" and row["speedup_ci"]:
+                        ends = [[max(0.0, value - row["speedup_ci"][0])], [max(0.0, row["speedup_ci"][1] - value)]]
+                        axes.errorbar(
+                            row["batch_size"], value, yerr=ends, color=look["color"], elinewidth=0.8, capsize=2
+                        )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            axes.minorticks_off()
+            axes.set_xlabel("batch size")
+            axes.grid(axis="y", color="0.9", linewidth=0.6)
+            axes.set_ylim(bottom=0)
+        panels[1].axhline(1.0, color="0.25", linewidth=0.9, linestyle=(0, (4, 2)))
+        panels[0].set(ylabel="tokens/s", title=mode_label(mode, temperature))
+        panels[1].set(ylabel="speedup at this batch size")
         legend(figure, panels, layout)
     return figure
 

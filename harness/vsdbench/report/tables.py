@@ -109,6 +109,66 @@ def diagnostic_rows(summary: Summary) -> list[dict[str, Cell]]:
     return rows
 
 
+def batch_rows(summary: Summary) -> list[dict[str, Cell]]:
+    """Return one row a method x mode x batch size, plain decoding first; none where answers came one at a time."""
+    rows = []
+    for row in summary.get("batches", []):
+        waits, together = row["ms_per_token"], row["mean_sequences"]
+        rows.append(
+            {
+                "drafter": Cell(value=row["drafter"]),
+                "T": Cell(value=f"{row['temperature']:g}"),
+                "batch": Cell(value=str(row["batch_size"])),
+                "in a step": Cell(value=MISSING if together is None else f"{together:.1f}"),
+                "τ": _estimate(row["tau"], None),
+                "tokens/s": Cell(value=_throughput(row["tokens_per_s"])),
+                "ms a token": Cell(value=MISSING if waits is None else f"{waits:.1f}"),
+                "draft·verify·other, %": Cell(value=_percentages(list(row["time_share"].values()))),
+                "speedup": _estimate(row["speedup"], row["speedup_ci"], strong=row["speedup"] is not None),
+                "lossless =·≈·≠": _lossless(row["lossless"]),
+            }
+        )
+    return rows
+
+
+def slower(summary: Summary) -> str:
+    """Return which drafters are slower than plain decoding at which batch sizes, in a sentence; empty where none is."""
+    found: dict[str, list[str]] = {}
+    for row in summary.get("batches", []):
+        if row["speedup"] is not None and row["speedup"] < 1:
+            sure = row["speedup_ci"] is not None and row["speedup_ci"][1] < 1
+            size = (
+                f"{row['batch_size']}{'' if sure else ' (interval holds 1)' if row['speedup_ci'] else ' (no interval)'}"
+            )
+            found.setdefault(f"{row['drafter']} at T = {row['temperature']:g}", []).append(size)
+    if not found:
+        return ""
+    said = "; ".join(f"{name}: {', '.join(sizes)}" for name, sizes in found.items())
+    return f"Slower than plain decoding in batches of the same size: {said}."
+
+
+_BATCHES = (
+    "Batch: answers decoded at once, the next prompt taking the place of one that ends; in a step: how many there were "
+    "on average. Tokens/s: of all answers together, prefills apart. Ms a token: what one answer waits. Speedup: "
+    "throughput over plain decoding at the same batch size, paired by group of prompts, geometric mean, Student's t "
+    "over groups; trees are the same at every batch size. Lossless: against plain decoding one answer at a time."
+)
+
+
+def print_batches(summary: Summary, console: Console) -> None:
+    """Print throughput, waiting time and speedup by batch size, if there are any, and where drafting does not pay."""
+    rows = batch_rows(summary)
+    if not rows:
+        return
+    console.print()
+    for table in _fitting(rows, console):
+        console.print(table)
+        console.print()
+    if text := slower(summary):
+        console.print(Text(text, style="bold"))
+    console.print(Text(_BATCHES, style="dim"))
+
+
 def title(summary: Summary) -> str:
     """Return what was measured on what, in one line."""
     parts = [summary["suite"], summary["target"], " ".join(filter(None, [summary["device"], summary["dtype"]]))]
@@ -178,6 +238,7 @@ def print_summary(summary: Summary, console: Console, *, categories: bool = Fals
     print_detectable(summary, console)
     for entry in summary.get("image_controls", ()):
         console.print(Text(told(entry)))
+    print_batches(summary, console)
     if diagnostics:
         print_diagnostics(summary, console)
 
@@ -214,7 +275,7 @@ def _joined(values: Sequence[float | None]) -> str:
 def _fitting(rows: Sequence[dict[str, Cell]], console: Console) -> list[Table]:
     """Return the widest layout that fits the console: inline, stacked, or split in two tables."""
     where = {"accepted by depth, %", "draft·verify·other, %", "lossless =·≈·≠"}
-    identity = {"drafter", "T", "category"}
+    identity = {"drafter", "T", "category", "batch"}
     split = [
         [{name: cell for name, cell in row.items() if name not in where} for row in rows],
         [{name: cell for name, cell in row.items() if name in where | identity} for row in rows],

@@ -50,7 +50,7 @@ class StepLike(Protocol):
     def other_ms(self) -> float: ...  # noqa: D102
 
 
-class _Model(BaseModel):
+class Model(BaseModel):
     """Frozen, unknown keys refused, NaN and infinity refused (JSON has neither)."""
 
     model_config = ConfigDict(
@@ -58,7 +58,7 @@ class _Model(BaseModel):
     )
 
 
-class Steps(_Model):
+class Steps(Model):
     """The verification steps of one answer as columns of equal length; all empty where an engine gives totals only.
 
     Attributes:
@@ -114,7 +114,7 @@ def _times(step: StepLike) -> tuple[float, float, float]:
     return step.draft_ms, step.verify_ms, step.other_ms
 
 
-class Tree(_Model):
+class Tree(Model):
     """The shape that the drafter was asked for (see ``TreeShape``)."""
 
     kind: str
@@ -123,7 +123,7 @@ class Tree(_Model):
     top_k: Count
 
 
-class Calibration(_Model):
+class Calibration(Model):
     """Draft tokens whose fate was decided, by the drafter's confidence in them: ten bins of equal width, low to high.
 
     A token is counted where its parent was kept (or is the root) and the answer did not end with that parent. Its
@@ -148,7 +148,7 @@ class Calibration(_Model):
         return self
 
 
-class Diagnostics(_Model):
+class Diagnostics(Model):
     """Where the drafter's own preference and what decoding kept part, as counts that add up over records.
 
     The *greedy path* starts at the root and takes the drafter's likeliest child (the first of equals) as far as the
@@ -192,7 +192,7 @@ class Diagnostics(_Model):
         return self
 
 
-class Divergence(_Model):
+class Divergence(Model):
     """The first place where the output leaves that of the same engine's baseline.
 
     Attributes:
@@ -210,7 +210,7 @@ class Divergence(_Model):
     token: int | None
 
 
-class Record(_Model):
+class Record(Model):
     """One answer of one method, as measured. Times are seconds, counts are tokens.
 
     ``num_output_tokens`` includes the first token, which the prefill gives; the steps emit the others, so where there

@@ -164,6 +164,7 @@ class SuiteConfig(Config):
         modes: Greedy and stochastic decoding, or one of them.
         repeats: How often every prompt is decoded by every method.
         baselines: What speed is compared with.
+        batch_sizes: Also decode so many answers at a time, against plain decoding of as many; [1]: one at a time alone.
         drafters: What is measured.
         peers: Decode loops of others that are measured beside them.
         seed: Of the slices, the interleaving and the sampling.
@@ -181,10 +182,17 @@ class SuiteConfig(Config):
     modes: list[Mode] = Field(min_length=1)
     repeats: int = Field(default=2, ge=1)
     baselines: list[Baseline] = Field(default=["autoregressive", "hf-generate"], min_length=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1], min_length=1)
     drafters: list[DrafterEntry] = Field(min_length=1)
     peers: list[PeerEntry] = Field(default_factory=list)
     seed: int = Field(default=0, ge=0)
     expected_prompts_sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _batch_sizes_increase(self) -> SuiteConfig:
+        if self.batch_sizes != sorted(set(self.batch_sizes)):
+            raise ValueError(f"batch_sizes is {self.batch_sizes}: name each size once, in increasing order")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> SuiteConfig:

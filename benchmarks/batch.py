@@ -1,0 +1,146 @@
+"""Drafters against plain decoding at several batch sizes, on the real target in one run.
+
+The same prompts are answered by every method, B at a time (the next prompt takes the place of an answer that ends), in
+an order that changes. ``tokens/s`` is of the whole batch, prefills apart; ``ms/token`` is what one answer waits for its
+next token; the speedup is over plain decoding of the same batch size in the same round, its range over rounds.
+
+    python benchmarks/batch.py --sizes 1 2 4 8 --drafter eagle3=~/.cache/vsdbench/…/checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vsdbench import registry
+from vsdbench.bench.conversation import encode_turn
+from vsdbench.bench.methods import forks
+from vsdbench.bench.run import RunOptions, load_target, open_suite
+from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode_together
+from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
+from vsdbench.errors import VsdbenchError
+from vsdbench.models.target import Target
+
+
+def whole_s(generations: Sequence[Generation]) -> float:
+    """Return the seconds of all steps, each counted once whatever number of answers was part of it."""
+    steps = [step for generation in generations for step in generation.steps]
+    return sum((step.draft_ms + step.verify_ms + step.other_ms) / step.num_sequences for step in steps) / 1e3
+
+
+def describe(generations: Sequence[Generation]) -> dict[str, float]:
+    """Return what one round of one method at one batch size gave."""
+    steps = [step for generation in generations for step in generation.steps]
+    tokens = sum(step.num_emitted for step in steps)
+    seconds = whole_s(generations)
+    draft_s = sum(step.draft_ms / step.num_sequences for step in steps) / 1e3
+    waited_s = sum(generation.decode_s for generation in generations)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "ms_per_token": 1e3 * waited_s / tokens,
+        "tau": tokens / len(steps),
+        "draft_share": draft_s / seconds,
+        "mean_sequences": waited_s / seconds,
+    }
+
+
+def measure(
+    target: Target,
+    drafters: dict[str, tuple[Drafter, TreeShape]],
+    prompts: Sequence[Sequence[int]],
+    *,
+    sizes: Sequence[int],
+    repeats: int,
+    tokens: int,
+) -> list[dict[str, Any]]:
+    """Return one line a batch size and method: medians over rounds, and speedups paired by round."""
+    rounds: dict[tuple[int, str], list[dict[str, float]]] = {}
+    answers: dict[str, list[list[int]]] = {}
+    for turn in range(repeats + 1):  # the first one warms up
+        for size in sizes:
+            names = list(drafters)
+            random.Random(f"{turn}/{size}").shuffle(names)
+            for name in names:
+                drafter, shape = drafters[name]
+                settings = DecodeSettings(max_new_tokens=tokens if turn else 6, shape=shape)
+                generations = decode_together(target, forks(drafter, size), prompts, [settings] * len(prompts))
+                if turn:
+                    rounds.setdefault((size, name), []).append(describe(generations))
+                    answers[f"{size}/{name}"] = [generation.token_ids for generation in generations]
+    lines = []
+    for (size, name), found in rounds.items():
+        line: dict[str, Any] = {"batch_size": size, "drafter": name}
+        line |= {key: statistics.median(one[key] for one in found) for key in found[0]}
+        plain = rounds[size, "autoregressive"]
+        ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in zip(found, plain, strict=True)]
+        line |= {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
+        pairs = zip(answers[f"{size}/{name}"], answers[f"{sizes[0]}/autoregressive"], strict=True)
+        line["equal"] = sum(ours == theirs for ours, theirs in pairs)
+        lines.append(line)
+    return sorted(lines, key=lambda line: (line["drafter"] != "autoregressive", line["drafter"], line["batch_size"]))
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="quickstart", help="where prompts and target come from")
+    parser.add_argument("--target", help="another target than the suite's")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--drafter", action="append", default=[], metavar="TYPE=CHECKPOINT", help="beside ngram")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[7], help="draft tokens of the trees (default: 7)")
+    parser.add_argument("--prompts", type=int, help="spread over the suite's categories (default: all)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens an answer, at most (default: 48)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    try:
+        run_options = RunOptions(
+            target=options.target, device=options.device, dtype=options.dtype, limit=options.prompts
+        )
+        suite = open_suite(options.suite, run_options, console)
+        target = load_target(suite.config.target, run_options, console)
+        prompts = [encode_turn(target, prompt, suite.config.generation) for prompt in suite.prompts]
+        drafters: dict[str, tuple[Drafter, TreeShape]] = {"autoregressive": (Autoregressive(), TreeShape(budget=0))}
+        for entry in ["ngram=", *options.drafter]:
+            kind, _, path = entry.partition("=")
+            build = registry.load("vsdbench.drafters", kind)
+            drafter = build(target, checkpoint=Path(path).expanduser() if path else None, options={})
+            for budget in options.budgets:
+                shape = TreeShape(budget=budget, depth=min(3, budget), top_k=min(4, budget))
+                drafters[f"{kind}-{budget}"] = (drafter, shape)
+        lines = measure(target, drafters, prompts, sizes=options.sizes, repeats=options.repeats, tokens=options.tokens)
+    except VsdbenchError as error:
+        console.print(f"[red]error:[/] {error}")
+        return error.exit_code
+    if options.json:
+        print(json.dumps({"threads": torch.get_num_threads(), "dtype": str(target.dtype), "lines": lines}))
+        return 0
+    print(
+        f"{len(prompts)} prompts, {torch.get_num_threads()} threads, {target.dtype}; "
+        f"medians of {options.repeats} rounds"
+    )
+    print("drafter          batch  (mean)  tokens/s  ms/token    tau  draft  speedup    range       equal")
+    for line in lines:
+        low, high = line["speedup_range"]
+        print(
+            f"{line['drafter']:<16} {line['batch_size']:5}  {line['mean_sequences']:6.2f}  "
+            f"{line['tokens_per_s']:8.1f}  {line['ms_per_token']:8.1f}  {line['tau']:5.2f}  "
+            f"{line['draft_share']:5.2f}  {line['speedup']:7.3f}  {low:5.3f}-{high:5.3f}  {line['equal']:5}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
