@@ -95,7 +95,9 @@ def long_context(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
 
 def batch(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
     """Yield drafters' throughput over plain decoding's in batches of the same size, and plain decoding's own growth."""
-    plain = {line["batch_size"]: line["tokens_per_s"] for line in result["lines"] if line["drafter"] == "autoregressive"}
+    plain = {
+        line["batch_size"]: line["tokens_per_s"] for line in result["lines"] if line["drafter"] == "autoregressive"
+    }
     for size, speed in plain.items():
         if size > min(plain):
             yield f"plain decoding, batches of {size} / of {min(plain)}", speed / plain[min(plain)], "x"
@@ -132,9 +134,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         speculative, (), ("--methods", "ngram,hf-prompt-lookup", "--prompts", "2", "--repeats", "1")
     ),
     "long_context": Benchmark(long_context, (), ("--contexts", "256", "1024", "--repeats", "5")),
-    "batch": Benchmark(
-        batch, (), ("--sizes", "1", "4", "--prompts", "4", "--repeats", "1", "--tokens", "16"), by_default=False
-    ),
+    "batch": Benchmark(batch, (), ("--sizes", "1", "4", "--prompts", "4", "--repeats", "1", "--tokens", "16")),
     "data_throughput": Benchmark(data_throughput, (), ("--slots", "16", "--max-new-tokens", "48", "--turn", "2")),
     "training_throughput": Benchmark(
         training_throughput, (), ("--objectives", "kl,vsd", "--batches", "3", "--batch-tokens", "256")

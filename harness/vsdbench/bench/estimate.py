@@ -102,7 +102,8 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         "methods": methods,
         "training": training,
         "seconds": total + SECONDS_OUTSIDE,
-        "memory_bytes": loaded_bytes(target.device) + _memory_bytes(target, context, training, len(config.drafters)),
+        "memory_bytes": loaded_bytes(target.device)
+        + _memory_bytes(target, context, training, len(config.drafters), max(config.batch_sizes)),
         "memory_available_bytes": _available_bytes(target.device),
         "assumed": {"answer_fill": ANSWER_FILL, "tau_trained": TAU_TRAINED, "tau_untrained": TAU_UNTRAINED},
     }
@@ -212,13 +213,15 @@ def loaded_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
 
 
-def _memory_bytes(target: Target, context: int, training: Sequence[dict[str, Any]], num_drafters: int) -> int:
+def _memory_bytes(
+    target: Target, context: int, training: Sequence[dict[str, Any]], num_drafters: int, batch_size: int = 1
+) -> int:
     """Return what comes on top of the loaded target: caches, drafters, statistics and figures, and training."""
-    cache = cache_bytes(target, context)
+    caches = (1 + batch_size) * cache_bytes(target, context)
     drafter = num_drafters * 24 * target.hidden_size * target.hidden_size * target.dtype.itemsize
     logits = 3 * 64 * target.vocab_size * 4
     trained = max((entry["bytes"] + TRAINING_BYTES for entry in training if not entry["cached"]), default=0)
-    return int(2 * cache + drafter + logits + REPORTING_BYTES + trained)
+    return int(caches + drafter + logits + REPORTING_BYTES + trained)
 
 
 def cache_bytes(target: Target, rows: int) -> int:
