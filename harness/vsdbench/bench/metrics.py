@@ -100,8 +100,9 @@ def acceptance_rate_at_depth(steps: pd.DataFrame, depth: int) -> float | None:
 
     A step reaches depth d if its tree was at least d deep and it kept at least d - 1 draft tokens.
     """
-    reached = steps[(steps["depth"] >= depth) & (steps["num_accepted"] >= depth - 1)]
-    return _ratio((reached["num_accepted"] >= depth).sum(), len(reached))
+    accepted = steps["num_accepted"].to_numpy()
+    reached = (steps["depth"].to_numpy() >= depth) & (accepted >= depth - 1)
+    return _ratio(int(np.count_nonzero(reached & (accepted >= depth))), int(np.count_nonzero(reached)))
 
 
 def acceptance_by_depth(steps: pd.DataFrame) -> list[float | None]:

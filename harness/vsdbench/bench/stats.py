@@ -121,13 +121,18 @@ class BCa:
 
 
 def resamples(n: int, seed: int, num_resamples: int) -> Iterator[Floats]:
-    """Yield batches ``[R, n]`` of how often each unit is drawn, by ``default_rng(seed).integers(n)``, row by row."""
+    """Yield batches ``[R, n]`` of how often each unit is drawn, by ``default_rng(seed).integers(n)``, row by row.
+
+    A batch is to be used before the next one is asked for, which is written over it.
+    """
     if n * num_resamples > _MAX_KEPT or n > np.iinfo(np.uint16).max:
         batches: Any = _draw(n, seed, num_resamples)
     else:
         batches = _kept(n, seed, num_resamples)
+    buffer = np.empty((min(num_resamples, max(1, _BATCH // n)), n))
     for counts in batches:
-        yield counts.astype(np.float64)
+        buffer[: len(counts)] = counts
+        yield buffer[: len(counts)]
 
 
 @functools.lru_cache(maxsize=16)

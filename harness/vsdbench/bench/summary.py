@@ -6,7 +6,7 @@ It is derived from records alone, so that it can be made again at any time, by a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -155,9 +155,8 @@ def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, boot
         summary["results"].append(
             identity | {"category": None} | _result(whole, fastest, bootstrap) | _domains(whole, fastest, bootstrap)
         )
-        for category in sorted(whole.categories.unique()):
-            row = _result(whole.of_category(category), fastest, bootstrap)
-            summary["results"].append(identity | {"category": category} | row)
+        for category, part in whole.by_category():
+            summary["results"].append(identity | {"category": category} | _result(part, fastest, bootstrap))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,17 +189,27 @@ class _Part:
             categories=records.drop_duplicates("unit").set_index("unit")["category"],
         )
 
-    def of_category(self, category: str) -> _Part:
-        """Return the part that belongs to the prompts of one category."""
-        chosen = self.categories[self.categories == category]
-        records, steps = metrics.select(self.records, self.steps, category=category)
-        return _Part(
-            records=records,
-            steps=steps,
-            by_prompt=self.by_prompt[self.by_prompt.index.isin(chosen.index)],
-            log_ratios={name: all_[all_.index.isin(chosen.index)] for name, all_ in self.log_ratios.items()},
-            categories=chosen,
-        )
+    def by_category(self) -> Iterator[tuple[str, _Part]]:
+        """Yield each category, sorted, with the part that belongs to its prompts."""
+        by_prompt = _split(self.by_prompt, self.categories)
+        log_ratios = {name: _split(ratios, self.categories) for name, ratios in self.log_ratios.items()}
+        for category in sorted(self.categories.unique()):
+            records, steps = metrics.select(self.records, self.steps, category=category)
+            yield (
+                category,
+                _Part(
+                    records=records,
+                    steps=steps,
+                    by_prompt=by_prompt.get(category, self.by_prompt.iloc[:0]),
+                    log_ratios={n: log_ratios[n].get(category, all_.iloc[:0]) for n, all_ in self.log_ratios.items()},
+                    categories=self.categories[self.categories == category],
+                ),
+            )
+
+
+def _split(by_prompt: Any, categories: pd.Series[str]) -> dict[str, Any]:  # noqa: ANN401 - a frame or a series
+    """Return what is by prompt, by category."""
+    return dict(list(by_prompt.groupby(categories.reindex(by_prompt.index))))
 
 
 def _result(part: _Part, fastest: object, bootstrap: dict[str, int]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ A run folder holds ``manifest.json`` (machine and provenance, replaced atomicall
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-from collections.abc import Mapping, Sequence, Set
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -202,13 +203,26 @@ def load_records(directory: Path) -> list[Record]:
         _log.warning("%s: skipped a torn last line (line %d)", path, len(lines) + 1)
     records: list[Record] = []
     seen: dict[RecordKey, int] = {}
-    for number, line in enumerate(lines, start=1):
-        record = parse_record(line, where=f"{path} line {number}")
-        first = seen.setdefault(record.key, number)
-        if first != number:
-            raise ConfigError(f"{path} line {number} repeats the record of line {first}; delete one of them.")
-        records.append(record)
+    with _uncollected():
+        for number, line in enumerate(lines, start=1):
+            record = parse_record(line, where=f"{path} line {number}")
+            first = seen.setdefault(record.key, number)
+            if first != number:
+                raise ConfigError(f"{path} line {number} repeats the record of line {first}; delete one of them.")
+            records.append(record)
     return records
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the garbage collector: records have no cycles, and looking for some takes a fifth of the time of reading."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load_outputs(directory: Path) -> dict[str, list[int]]:
