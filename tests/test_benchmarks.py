@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NO_RATIO = {"lossless_sweep"}
+NO_RATIO = {"aa_control", "coverage", "lossless_sweep"}
 PRINTED = {
     "products": [{"dtype": "float32", "rows": 1, "ratio": 1.5}],
     "autoregressive": {
