@@ -1,4 +1,4 @@
-"""One forward of the target in decoding: its matrix products alone, its own layers, and the fused ones, by rows.
+"""One forward of the target in decoding: its products alone, its own layers, the fused and the compiled ones, by rows.
 
 All in turns in one process; the medians and their ratios to the products ("floor") are what counts. The own layers run
 on packed weights too, so the difference is the operations between the products.
@@ -31,10 +31,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 8, 12, 16])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--compile", action="store_true", help="compiled layers, too")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     try:
-        target = load_target(arguments.target, RunOptions(dtype=arguments.dtype, device="cpu"), Console(stderr=True))
+        options = RunOptions(dtype=arguments.dtype, device="cpu", compiled=arguments.rows if arguments.compile else ())
+        target = load_target(arguments.target, options, Console(stderr=True))
     except VsdbenchError as error:
         sys.exit(f"error: {error}")
     if target.fused_layers is None:
@@ -50,12 +52,11 @@ def main() -> None:
         return
     print(f"{torch.get_num_threads()} threads, {target.dtype}, context {arguments.context}; median milliseconds")
     print(f"reading the weights takes {reading_ms:.1f} ms at this machine's memory bandwidth")
-    print("rows  products       own  (ratio)     fused  (ratio)  own/fused")
+    kinds = [kind for kind in ("own", "fused", "compiled") if lines[0][f"{kind}_ms"]]
+    print("rows  products" + "".join(f"{kind:>10}  (ratio)" for kind in kinds))
     for line in lines:
-        print(
-            f"{line['rows']:4}  {line['products_ms']:8.1f}  {line['own_ms']:8.1f}  {line['own_over_products']:6.2f}x  "
-            f"{line['fused_ms']:8.1f}  {line['fused_over_products']:6.2f}x  {line['own_ms'] / line['fused_ms']:8.2f}x"
-        )
+        times = "".join(f"  {line[f'{kind}_ms']:8.1f}  {line[f'{kind}_over_products']:6.2f}x" for kind in kinds)
+        print(f"{line['rows']:4}  {line['products_ms']:8.1f}{times}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class ToyTarget:
     """Letters are tokens; a replayed prefix gives flat logits, so that every divergence is a tie."""
 
     name, fingerprint, attention, template_hash = "toy", "0" * 16, "none", "1" * 16
-    dtype, max_positions = torch.float32, 200
+    dtype, max_positions, compiled_layers = torch.float32, 200, None
 
     def __init__(self):
         self.conversations = []
@@ -103,6 +103,21 @@ def test_one_record_a_prompt_turn_mode_repeat_and_method(bench):
     assert (drafted.tree.budget, drafted.tree.depth, drafted.rule, drafted.top_p) == (3, 2, "coupled", 0.9)
     assert all(record.tree is None for record in records if record.kind == "baseline")
     assert {record.suite_version for record in records} == {"3"}
+
+
+def test_graphs_that_are_compiled_while_times_are_taken_are_counted(bench):
+    run = bench(turns=[("ab",)], repeats=2)
+    graphs = run.target.compiled_layers = SimpleNamespace(num_graphs=0)
+    for method in run.methods:
+
+        def compiling(prompt, settings, plain=method.run):
+            graphs.num_graphs += 1
+            return plain(prompt, settings)
+
+        if method.name == "one":
+            object.__setattr__(method, "run", compiling)
+    run.run()
+    assert run.runner.num_late_graphs == 2, "the warm-up may compile"
 
 
 @pytest.mark.parametrize(("deepest", "pruned"), [(None, 1), (1, 0)])

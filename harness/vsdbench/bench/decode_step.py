@@ -1,4 +1,4 @@
-"""What one forward of the target costs in decoding: its matrix products alone, its own layers, the fused ones.
+"""What one forward of the target costs in decoding: its products alone, its own layers, the fused and compiled ones.
 
 The products back to back ("floor") are what a step of this engine cannot go below on this machine; what is over them is
 small operations and their calls. All in turns in one process, so that ratios hold where times do not.
@@ -17,6 +17,7 @@ from vsdbench.decoding.tree import any_chain
 from vsdbench.models.packed import PackedLinear
 
 if TYPE_CHECKING:
+    from vsdbench.models.compiled import CompiledLayers
     from vsdbench.models.fused import FusedLayers
     from vsdbench.models.target import Target
 
@@ -25,9 +26,10 @@ WARM_UP = 3
 
 @torch.inference_mode()
 def measure_steps(target: Target, rows: Sequence[int], *, context: int, repeats: int) -> list[dict[str, Any]]:
-    """Return one line a number of rows: median milliseconds ``products_ms``, ``own_ms``, ``fused_ms``, and ratios.
+    """Return one line a number of rows: median milliseconds of the products and of each kind of layers, and ratios.
 
-    ``fused_ms`` is null where the target runs its own layers.
+    ``products_ms``, ``own_ms``, ``fused_ms``, ``compiled_ms``; those that the target does not have are null.
+    ``step_ms`` is of the kind that it runs.
 
     Args:
         target: On a CPU, its linear layers packed.
@@ -37,11 +39,11 @@ def measure_steps(target: Target, rows: Sequence[int], *, context: int, repeats:
     """
     state = target.prefill([index % target.vocab_size for index in range(context)], context + max(rows) + 1)
     state.tokens.append(1)
-    fused = target.fused_layers
+    fused, compiled = target.fused_layers, target.compiled_layers
     trees = {count: any_chain(count - 1, target.device) for count in rows}
 
-    def forward(count: int, layers: FusedLayers | None) -> None:
-        target.fused_layers = layers
+    def forward(count: int, layers: FusedLayers | None, graph: CompiledLayers | None = None) -> None:
+        target.fused_layers, target.compiled_layers = layers, graph
         target.forward_tree(state, trees[count])
 
     variants: dict[str, Callable[[int], None]] = {
@@ -50,6 +52,8 @@ def measure_steps(target: Target, rows: Sequence[int], *, context: int, repeats:
     }
     if fused is not None:
         variants["fused"] = lambda count: forward(count, fused)
+    if compiled is not None:
+        variants["compiled"] = lambda count: forward(count, fused, compiled)
     times: dict[tuple[str, int], list[float]] = {(name, count): [] for name in variants for count in rows}
     try:
         for repeat in range(repeats + WARM_UP):
@@ -60,22 +64,19 @@ def measure_steps(target: Target, rows: Sequence[int], *, context: int, repeats:
                     if repeat >= WARM_UP:
                         times[name, count].append(1e3 * (time.perf_counter() - started))
     finally:
-        target.fused_layers = fused
+        target.fused_layers, target.compiled_layers = fused, compiled
     return [_line(count, {name: statistics.median(times[name, count]) for name in variants}) for count in rows]
 
 
 def _line(rows: int, medians: dict[str, float]) -> dict[str, Any]:
-    floor, own, fused = medians["products"], medians["own"], medians.get("fused")
-    return {
-        "rows": rows,
-        "products_ms": floor,
-        "own_ms": own,
-        "fused_ms": fused,
-        "step_ms": fused or own,
-        "step_over_products": (fused or own) / floor,
-        "own_over_products": own / floor,
-        "fused_over_products": None if fused is None else fused / floor,
-    }
+    floor = medians["products"]
+    line: dict[str, Any] = {"rows": rows, "products_ms": floor}
+    for kind in ("own", "fused", "compiled"):
+        line[f"{kind}_ms"] = line[f"{kind}_over_products"] = None
+        if kind in medians:
+            line["step_ms"] = line[f"{kind}_ms"] = medians[kind]
+            line["step_over_products"] = line[f"{kind}_over_products"] = medians[kind] / floor
+    return line
 
 
 def _products(target: Target) -> Callable[[int], None]:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from vsdbench.bench.runner import Runner
 from vsdbench.bench.summary import Summary, summarise
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.models.compiled import describe
 from vsdbench.models.device import choose_device, choose_dtype
 from vsdbench.models.source import fetch_model
 from vsdbench.models.target import Target
@@ -61,6 +62,7 @@ class RunOptions:
         run: Continue this run (an id, a unique beginning of it, or ``latest``).
         results: Folder of runs.
         trust_remote_code: Whether a hub model may bring code.
+        compiled: Numbers of rows for which the target's steps shall run compiled.
         load_on_cpu: The target is loaded there, since the device cannot hold it until it is sharded.
     """
 
@@ -73,6 +75,7 @@ class RunOptions:
     run: str | None = None
     results: Path | None = None
     trust_remote_code: bool = False
+    compiled: Sequence[int] = ()
     load_on_cpu: bool = False
 
 
@@ -96,7 +99,12 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
         dtype=dtype,
         trust_remote_code=options.trust_remote_code,
         packed=not options.load_on_cpu,
+        compiled=options.compiled,
     )
+    if options.compiled and target.compiled_layers is not None:
+        console.print(f"compiled its steps in {target.compiled_layers.seconds:.0f} s")
+    elif options.compiled:
+        console.print(f"[yellow]note:[/] its steps run as they are, not compiled: {target.not_compiled}")
     console.print(f"target {name} ({files.fingerprint}) on {device}, {str(dtype).removeprefix('torch.')}")
     return target
 
@@ -142,7 +150,7 @@ def run_suite(
     check_batches(suite)
     for note in suite.notes:
         console.print(f"[yellow]note:[/] {note}")
-    target = load_target(suite.config.target, options, console)
+    target = load_target(suite.config.target, replace(options, compiled=suite.config.compiled_rows), console)
     check_images(target, suite)  # before anything is trained
     if any(entry.images == "shuffled" for entry in suite.config.drafters):
         exchanged_prompts(suite)  # likewise
@@ -173,7 +181,13 @@ def run_suite(
                     "the same command with --resume goes on from there."
                 ) from error
         keep_examples(store.directory, suite, partial(target.tokenizer.decode, clean_up_tokenization_spaces=False))
-        store.update_manifest(status="complete", finished=_now(), machine_after=machine())
+        graphs = describe(target) | {"graphs_while_timed": runner.num_late_graphs} if suite.config.compile else None
+        store.update_manifest(status="complete", finished=_now(), machine_after=machine(), compiled=graphs)
+        if runner.num_late_graphs:
+            console.print(
+                f"[yellow]note:[/] {runner.num_late_graphs} graphs were compiled while times were taken, and those "
+                "times hold it: the manifest has the count."
+            )
         store.write_summary()
         records, batches = load_records(store.directory), load_batches(store.directory)
         summary = summarise(records, manifest=store.manifest, batches=batches)
@@ -185,6 +199,8 @@ def run_key(suite: Suite, target: Target) -> str:
     config = suite.config.model_dump(mode="json")
     if config["batch_sizes"] == [1]:
         del config["batch_sizes"]  # runs from before there were batches go on
+    if not config["compile"]:
+        del config["compile"]  # likewise
     return content_hash(
         {
             "suite": config,
@@ -248,6 +264,7 @@ def _create(  # noqa: PLR0917 - what a manifest is made of
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.attention,
         "layers": target.layers_are,
+        "compiled": describe(target) if suite.config.compile else None,
         "methods": _describe(methods),
         "machine": machine(),
         **extra,

@@ -21,6 +21,7 @@ from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
+from vsdbench.models.compiled import num_graphs
 from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.store.records import Record, RecordKey, Steps, Tree, hash_tokens
 from vsdbench.store.store import RunStore, load_outputs, load_records
@@ -103,6 +104,8 @@ class Runner:
         self._references = self._stored_references()
         is_control = any(isinstance(method.drafter, Misled) for method in methods)
         self._exchanged = exchanged_prompts(suite) if is_control else {}
+        self.num_late_graphs = 0
+        """Graphs that were compiled while times were taken; it should stay 0."""
 
     @property
     def total(self) -> int:
@@ -116,8 +119,10 @@ class Runner:
         ]
         if missing:
             self._warm_up(missing[0].prompt)
+        before = num_graphs(self.target)
         for block in missing:
             self._run_block(block)
+            self.num_late_graphs = num_graphs(self.target) - before
 
     def blocks(self) -> Iterator[Block]:
         """Yield all blocks: prompt by prompt, then mode, turn, repeat."""

@@ -98,7 +98,7 @@ class FusedLayers:
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             mask = self.mask_of(index, masks)
             all_keys, all_values = cache.layers[index].update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
-            return self._attend(queries, all_keys, all_values, mask)
+            return self.attend(queries, all_keys, all_values, mask)
 
         return self.run(embedded, positions, attend, kept)
 
@@ -113,11 +113,11 @@ class FusedLayers:
             if index in kept:
                 kept[index] = x[None]
             normed = F.rms_norm(x, layer.norm.shape, layer.norm, self._eps)
-            mixed = layer.qkv(normed).view(count, -1, width)
+            mixed = layer.qkv(normed).view(count, self._heads + 2 * self._groups, width)
             turned = mixed[:, : self._heads + self._groups]
             if layer.head_norms is not None:
                 turned = self._norm_heads(turned, layer.head_norms)
-            swapped = turned.view(count, -1, 2, width // 2).flip(2).view(count, -1, width)
+            swapped = turned.unflatten(2, (2, width // 2)).flip(2).flatten(2)
             turned = torch.addcmul(turned * cos, swapped, sin)
             values = mixed[:, self._heads + self._groups :]
             attended = attend(index, turned[:, : self._heads], turned[:, self._heads :], values)
@@ -137,7 +137,7 @@ class FusedLayers:
         ]
         return torch.cat(parts, dim=1)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Return ``[n, A * D]``; the query heads of a group stand along the query axis, so keys are not repeated.
 
         Args:
@@ -147,20 +147,26 @@ class FusedLayers:
             mask: ``[1, 1, A / G * n or 1, K]``.
         """
         count, groups = len(queries), self._groups
-        stacked = queries.view(count, groups, -1, self._width).permute(1, 2, 0, 3).reshape(1, groups, -1, self._width)
+        each, width = self._heads // groups, self._width  # said, not inferred: a compiler's sizes are symbols
+        stacked = (
+            queries.reshape(count, groups, each, width).permute(1, 2, 0, 3).reshape(1, groups, each * count, width)
+        )
         attended = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self.scaling)
-        return attended.view(groups, -1, count, self._width).permute(2, 0, 1, 3).reshape(count, -1)
+        return attended.view(groups, each, count, width).permute(2, 0, 1, 3).reshape(count, groups * each * width)
 
 
-def can_fuse(decoder: Any, config: Any, attention_name: str) -> bool:  # noqa: ANN401 - of transformers
-    """Whether a decoder is of the kind, packed, attends as ours does, and is small enough for one more copy."""
+def can_fuse(decoder: Any, config: Any, attention_name: str, *, plain: bool = False) -> bool:  # noqa: ANN401 - of transformers
+    """Whether a decoder is of the kind, attends as ours does, and is small enough for one more copy.
+
+    And packed, or else nothing is gained; ``plain`` weights are enough for a compiler to gain something.
+    """
     size = sum(parameter.nbytes for parameter in decoder.parameters())
     return (
         config.model_type in MODEL_TYPES
         and getattr(config, "hidden_act", None) == "silu"
         and attention_name == attention.NAME
         and size <= LARGEST_BYTES
-        and any(isinstance(module, PackedLinear) for module in decoder.modules())
+        and (plain or any(isinstance(module, PackedLinear) for module in decoder.modules()))
     )
 
 
@@ -193,6 +199,5 @@ def _read(layer: Any) -> _Layer:  # noqa: ANN401 - of transformers
     )
 
 
-def _packed(linear: nn.Module) -> Product:
-    assert isinstance(linear, PackedLinear)
-    return Product(linear.weight, linear.bias, packed=linear.packed)
+def _packed(linear: nn.Linear) -> Product:
+    return Product(linear.weight, linear.bias, packed=getattr(linear, "packed", None))

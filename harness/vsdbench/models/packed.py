@@ -7,6 +7,9 @@ stays beside it: embeddings are tied to it, and the transformers baseline runs o
 
 from __future__ import annotations
 
+import itertools
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
@@ -83,37 +86,84 @@ class Product:
         packed: The packed copy, if there is one.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight")
+    __slots__ = ("__weakref__", "_bias", "_number", "_packed", "_weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
+        self._number = next(_NUMBERS)
+        _PRODUCTS[self._number] = self
         if packed is None and can_pack(weight.device, weight.dtype):
             packed = lay_out(weight)
         self._packed = packed
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return ``[n, out]``."""
-        if self._packed is None:
-            return linear(rows, self._weight, self._bias)
-        return _multiply(rows, self._packed, self._bias)
+        return self._through(rows, "none")
 
     def silu(self, rows: Tensor) -> Tensor:
         """Return ``[n, out]`` through the activation SiLU, rounded once."""
         if self._packed is None:
             return silu(self(rows))
-        return _multiply(rows, self._packed, self._bias, "swish")
+        return self._through(rows, "swish")
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
         """Return the product plus ``other`` ``[n, out]``, rounded once."""
         if self._packed is None:
             return other + self(rows)
-        return _multiply_and(rows, self._packed, self._bias, "add", other)
+        return self._and(rows, "add", other)
 
     def times(self, rows: Tensor, other: Tensor) -> Tensor:
         """Return the product times ``other`` ``[n, out]``, element by element, rounded once."""
         if self._packed is None:
             return other * self(rows)
-        return _multiply_and(rows, self._packed, self._bias, "mul", other)
+        return self._and(rows, "mul", other)
+
+    def _through(self, rows: Tensor, activation: str) -> Tensor:
+        if self._packed is None:
+            return linear(rows, self._weight, self._bias)
+        if torch.compiler.is_compiling():
+            compiled: Tensor = torch.ops.vsdbench.product(rows, self._number, activation)
+            return compiled
+        return _multiply(rows, self._packed, self._bias, activation)
+
+    def _and(self, rows: Tensor, operation: str, other: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            compiled: Tensor = torch.ops.vsdbench.product_and(rows, self._number, other, operation)
+            return compiled
+        assert self._packed is not None
+        return _multiply_and(rows, self._packed, self._bias, operation, other)
+
+
+# A compiled graph cannot hold a packed weight, nor be kept on disk with one: it calls a product by its number.
+_NUMBERS = itertools.count()
+_PRODUCTS: WeakValueDictionary[int, Product] = WeakValueDictionary()
+_OPERATIONS = torch.library.Library("vsdbench", "DEF")
+_OPERATIONS.define("product(Tensor rows, int number, str activation) -> Tensor")
+_OPERATIONS.define("product_and(Tensor rows, int number, Tensor other, str operation) -> Tensor")
+
+
+def _product(rows: Tensor, number: int, activation: str) -> Tensor:
+    return _PRODUCTS[number]._through(rows, activation)  # noqa: SLF001 - one unit
+
+
+def _product_and(rows: Tensor, number: int, other: Tensor, operation: str) -> Tensor:
+    return _PRODUCTS[number]._and(rows, operation, other)  # noqa: SLF001 - one unit
+
+
+_OPERATIONS.impl("product", _product, "CPU")
+_OPERATIONS.impl("product_and", _product_and, "CPU")
+
+
+@torch.library.register_fake("vsdbench::product")
+def _product_shape(rows: Tensor, number: int, activation: str) -> Tensor:
+    del activation
+    return rows.new_empty(rows.shape[0], _PRODUCTS[number]._weight.shape[0])  # noqa: SLF001 - one unit
+
+
+@torch.library.register_fake("vsdbench::product_and")
+def _product_and_shape(rows: Tensor, number: int, other: Tensor, operation: str) -> Tensor:
+    del rows, number, operation
+    return torch.empty_like(other)
 
 
 # The operations below are what torch.compile itself puts in the place of a frozen linear layer on a CPU.

@@ -11,7 +11,7 @@ Shape legend: L prompt tokens, N draft tokens, C committed tokens in the cache, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from vsdbench.decoding.interfaces import TargetOutput, TokenTree
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
+from vsdbench.models.compiled import CompiledLayers, compile_layers
 from vsdbench.models.encoding import ImageEncoder, Message, make_encoder
 from vsdbench.models.fused import FusedLayers, agree, can_fuse
 from vsdbench.models.image_prefill import read_images
@@ -52,6 +53,8 @@ class Target:
         eos_ids: Tokens that end an answer.
         masks: Makes its attention masks.
         fused_layers: What runs in the place of the model's own layers; None where those run.
+        compiled_layers: What runs in the place of the fused ones behind a prompt, if that was asked for.
+        not_compiled: Why nothing does, if that was asked for.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Target:
         fingerprint: str,
         attention_name: str = "auto",
         packed: bool = True,
+        compiled: Collection[int] = (),
         processor: Any = None,  # noqa: ANN401 - as above
     ) -> None:
         self.model = model.eval().requires_grad_(requires_grad=False)
@@ -92,6 +96,9 @@ class Target:
         self._cache: PreallocatedCache | None = None
         self.pool: CachePool | None = None  # of sequences decoded together (``together``)
         self.fused_layers: FusedLayers | None = None
+        self.compiled_layers: CompiledLayers | None = None
+        self.not_compiled: str | None = None
+        self._compiled_rows = compiled
         self._fuse()
 
     @classmethod
@@ -103,27 +110,20 @@ class Target:
         fingerprint: str,
         device: torch.device,
         dtype: torch.dtype,
-        attention_name: str = "auto",
         trust_remote_code: bool = False,
-        packed: bool = True,
+        **how: Any,  # noqa: ANN401 - as below
     ) -> Target:
         """Load a model folder (config, safetensors, tokenizer) onto a device.
 
         Linear layers are packed where that makes them faster, unless they shall stay as they are (``packed=False``).
+        Tree forwards of ``compiled`` rows run compiled where that is possible; ``not_compiled`` says why it is not.
+        ``attention_name`` is transformers' name of another attention than ours.
 
         Raises:
             ConfigError: The folder is not a decoder-only model that transformers knows.
         """
         model, tokenizer, processor = load_model(path, name, device, dtype, trust_remote_code=trust_remote_code)
-        return cls(
-            model,
-            tokenizer,
-            name=name,
-            fingerprint=fingerprint,
-            attention_name=attention_name,
-            packed=packed,
-            processor=processor,
-        )
+        return cls(model, tokenizer, name=name, fingerprint=fingerprint, processor=processor, **how)
 
     def keep_layers(self, count: int) -> None:
         """Cut the model after its first ``count`` layers (early exit), for use as a draft model.
@@ -143,7 +143,7 @@ class Target:
         """Return the decoder layers, as plain as they were loaded, for a caller that moves the model to ``device``."""
         if self._packing is not None:
             unpack(self.model)
-            self._packing = self.fused_layers = None
+            self._packing = self.fused_layers = self.compiled_layers = None
         self.device = device
         self.masks.move(device)
         return self._layers()
@@ -197,6 +197,8 @@ class Target:
         """
         if not tokens:
             raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
+        if self.compiled_layers is not None:
+            max_length = self.compiled_layers.capacity(max_length)
         if cache is None and (self._cache is None or self._cache.capacity < max_length):
             self._cache = PreallocatedCache(self.num_layers, max_length)
         cache = self._cache if cache is None else cache
@@ -244,13 +246,15 @@ class Target:
             state: The sequence; its last token is the root.
             tree: N draft tokens.
         """
-        committed = state.cache.length
+        committed, num_rows = state.cache.length, len(tree) + 1
+        if self.compiled_layers is not None:
+            tree = self.compiled_layers.fill(tree, state.cache.capacity - committed)
         root = torch.tensor(state.tokens[-1:], device=self.device)
         ids = torch.cat([root, tree.tokens]) if len(tree) else root
         positions = torch.tensor([0, *tree.depths], device=self.device) + committed
         masks = self.masks.of_tree(tree.parents, positions, committed)
-        logits = self._run(ids, positions + state.position_offset, masks, state.cache)
-        return TargetOutput(logits, self._features())
+        logits = self._run(ids, positions + state.position_offset, masks, state.cache, layers=self.compiled_layers)
+        return TargetOutput(logits[:num_rows], self._features()[:num_rows])
 
     @torch.inference_mode()
     def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -293,7 +297,7 @@ class Target:
             position_offset: Added to what the model's position embedding is told.
         """
         masks = self.masks.of(positions, visible, key_positions)
-        return self._run(ids, positions + position_offset, masks, cache, logits_to_keep)
+        return self._run(ids, positions + position_offset, masks, cache, logits_to_keep=logits_to_keep)
 
     def _run(
         self,
@@ -301,13 +305,15 @@ class Target:
         positions: Tensor,
         masks: Tensor | dict[str, Tensor],
         cache: PreallocatedCache,
+        *,
         logits_to_keep: int = 0,
+        layers: CompiledLayers | None = None,
     ) -> Tensor:
         """Return what ``forward`` does, from positions as the model counts them and additive masks."""
         if self.fused_layers is not None:
             embedded = self.embed_tokens(ids)
             kept: dict[int, Tensor] = dict.fromkeys(self.feature_layers, embedded)
-            last = self.fused_layers(embedded, positions, masks, cache, kept)
+            last = (layers or self.fused_layers)(embedded, positions, masks, cache, kept)
             self._entering, self._last = kept, last[None]
             head: nn.Module = self.model.get_output_embeddings()
             rows: Tensor = head(last[-logits_to_keep:])  # all of them if 0
@@ -327,10 +333,11 @@ class Target:
 
     def _fuse(self) -> None:
         """Take the fused layers in the place of the model's own, if there are such and both say the same."""
-        self.fused_layers = None
+        self.fused_layers = self.compiled_layers = None
+        self.not_compiled = "its layers have no fused form" if self._compiled_rows else None
         layers = self._layers()
         decoder = self.model.get_decoder()
-        if not can_fuse(decoder, self.config, self.attention):
+        if not can_fuse(decoder, self.config, self.attention, plain=bool(self._compiled_rows)):
             return
         probe = [index * 7 % self.vocab_size for index in range(5)]
         own = self.prefill(probe, len(probe)).features
@@ -338,6 +345,8 @@ class Target:
         ours = self.prefill(probe, len(probe)).features
         if not agree(ours, own):
             self.fused_layers = None
+        elif self._compiled_rows:
+            self.not_compiled = compile_layers(self, self._compiled_rows, probe)
         self._cache = None  # it was made outside of any decoding, for the probe alone
 
     @property

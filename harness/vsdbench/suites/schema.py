@@ -167,6 +167,8 @@ class SuiteConfig(Config):
         batch_sizes: Also decode so many answers at a time, against plain decoding of as many; [1]: one at a time alone.
         drafters: What is measured.
         peers: Decode loops of others that are measured beside them.
+        compile: Whether the target's steps run compiled, plain decoding's too (``torch.compile``); compiling itself is
+            not timed.
         seed: Of the slices, the interleaving and the sampling.
         expected_prompts_sha256: Hash of the prompts as loaded in full; checked when nothing was overridden that
             changes them.
@@ -185,8 +187,17 @@ class SuiteConfig(Config):
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1], min_length=1)
     drafters: list[DrafterEntry] = Field(min_length=1)
     peers: list[PeerEntry] = Field(default_factory=list)
+    compile: bool = False
     seed: int = Field(default=0, ge=0)
     expected_prompts_sha256: Sha256 | None = None
+
+    @property
+    def compiled_rows(self) -> list[int]:
+        """Numbers of rows of a step to compile for: plain decoding's one, those of the trees, some for ``auto``."""
+        sizes = {1, *(1 + entry.tree.budget for entry in self.drafters)}
+        if any(entry.tree.kind == "auto" for entry in self.drafters):
+            sizes |= {size for size in (4, 8, 16) if size < max(sizes)}
+        return sorted(sizes) if self.compile else []
 
     @model_validator(mode="after")
     def _batch_sizes_increase(self) -> SuiteConfig:

@@ -1,0 +1,153 @@
+"""Compiled layers are the eager ones, compile once for any length of context, and say why where they are not there.
+
+They stop before the inductor, whose C++ takes its time: what is checked is the graph that it is given. What it makes of
+that is held against the eager layers wherever a target is loaded.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.decoding.tiny import (
+    SHAPES,
+    AdversarialDrafter,
+    make_model,
+    make_prompt,
+    make_target,
+    plain,
+    settings,
+    tree_of,
+)
+
+from vsdbench.decoding.engine import decode
+from vsdbench.errors import ConfigError
+from vsdbench.models.compiled import CompiledLayers, describe, learn
+from vsdbench.models.fused import FusedLayers
+from vsdbench.models.target import Target
+
+PROBE = make_prompt(5)
+TREE = tree_of([5, 6, 7, 8, 9, 10, 11], [-1, 0, 0, -1, 1, 4, 3])
+ROWS = (1, 8)
+
+
+@pytest.fixture(scope="module", params=["views", "all-rows"])
+def target(request):
+    """A target whose graphs run operation by operation, over views of the cache or over all of it."""
+    return make_compiled(static=request.param == "all-rows")
+
+
+def eager(family="llama"):
+    return make_target(family, num_hidden_layers=2)
+
+
+def make_compiled(family="llama", *, static=False, backend=lambda graph, inputs: graph.forward, rows=ROWS):
+    target = eager(family)
+    layers = CompiledLayers(
+        target.fused_layers or FusedLayers(target.model.model, target.model.model.layers, target.config),
+        target.feature_layers,
+        dtype=target.dtype,
+        static=static,
+        backend=backend,
+    )
+    target.fused_layers = layers._fused
+    target.not_compiled = learn(target, layers, rows, PROBE)
+    return target
+
+
+def begun(target, length=13):
+    prompt = make_prompt(length, seed=3)
+    state = target.prefill(prompt, length + 32)
+    state.tokens.append(4)
+    return state
+
+
+def outputs(target, length):
+    """Of trees behind prefill and behind a commit, so that what was written into the cache is read again."""
+    state = begun(target, length)
+    found = [target.forward_tree(state, TREE)]
+    state.commit([0, 1], [5, 6, 12])
+    found += [target.forward_tree(state, tree) for tree in (TREE, tree_of([], []), tree_of([3, 4], [-1, -1]))]
+    return [torch.cat([output.logits, output.features], dim=-1).clone() for output in found]
+
+
+def test_trees_and_the_cache_are_those_of_eager_layers(target):
+    assert target.not_compiled is None
+    for length in (3, 20, 60):
+        for ours, theirs in zip(outputs(target, length), outputs(eager(), length), strict=True):
+            assert ours.shape == theirs.shape
+            assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=lambda shape: shape.kind)
+def test_decoding_is_lossless(target, shape, temperature):
+    prompt = make_prompt(9, seed=1)
+    chosen = settings(16, temperature=temperature, shape=shape)
+    answer = plain(target, prompt, chosen)
+    assert answer == plain(eager(), prompt, chosen)
+    drafter = AdversarialDrafter(answer, len(prompt), seed=2)
+    assert decode(target, drafter, prompt, chosen).token_ids == answer
+    assert drafter.num_accepted > 0
+
+
+def test_nothing_is_compiled_again(target):
+    """Whatever was decoded above: neither contexts nor caches nor tree sizes make a graph."""
+    assert describe(target)["graphs"] == len(ROWS)
+    assert describe(target)["seconds"] > 0
+    state = target.prefill(make_prompt(3), 700)  # another cache
+    state.tokens.append(4)
+    for num_nodes in (0, 1, 7, 12):  # the last one is larger than all that were asked for
+        output = target.forward_tree(state, tree_of(range(num_nodes), range(-1, num_nodes - 1)))
+        assert len(output.logits) == len(output.features) == num_nodes + 1
+    assert describe(target)["graphs"] == len(ROWS)
+
+
+def test_the_graph_runs_and_not_the_eager_layers(target, monkeypatch):
+    state = begun(target)
+    monkeypatch.setattr(FusedLayers, "__call__", None)
+    assert len(target.forward_tree(state, TREE).logits) == len(TREE) + 1
+
+
+def test_trees_are_filled_up_within_the_room_that_there_is(target):
+    layers = target.compiled_layers
+    filled = layers.fill(tree_of([7, 8], [-1, 0]), 50)
+    assert (filled.tokens.tolist(), filled.parents, filled.depths) == (
+        [7, 8, 0, 0, 0, 0, 0],
+        [-1, 0, -1, -1, -1, -1, -1],
+        [1, 2, 1, 1, 1, 1, 1],
+    )
+    assert len(layers.fill(tree_of([7, 8], [-1, 0]), 7)) == 2
+    assert len(layers.fill(tree_of([], []), 50)) == 0
+
+
+def test_a_tree_without_room_is_refused_as_by_eager_layers(target):
+    state = target.prefill(make_prompt(3), 4)
+    state.tokens.append(4)
+    if target.compiled_layers.static:  # its caches are made larger than they are asked for
+        state.cache.length = state.cache.capacity - 1
+    with pytest.raises(ConfigError, match="do not fit into a cache"):
+        target.forward_tree(state, TREE)
+
+
+def test_layers_that_say_something_else_are_not_taken():
+    def wrong(graph, inputs):
+        return lambda *args: [result * 1.5 for result in graph.forward(*args)]
+
+    target = make_compiled(backend=wrong)
+    assert target.compiled_layers is None
+    assert "do not say" in describe(target)["not_compiled"]
+
+
+def test_without_a_compiler_the_layers_stay_eager_and_the_reason_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    target = Target(make_model("llama"), None, name="llama", fingerprint="0" * 16, compiled=[1])
+    assert target.compiled_layers is None
+    assert "no-such-compiler" in target.not_compiled
+    assert describe(target) == {"graphs": 0, "seconds": 0.0, "not_compiled": target.not_compiled}
+
+
+def test_layers_without_a_fused_form_are_not_compiled():
+    target = Target(make_model("olmo2"), None, name="olmo2", fingerprint="0" * 16, compiled=[1])
+    assert target.compiled_layers is None
+    assert target.not_compiled == "its layers have no fused form"
+    assert make_target("llama").not_compiled is None
