@@ -99,7 +99,7 @@ class CompiledLayers:
         if self.static:
             rows = torch.arange(cache.length, cache.length + len(embedded), device=embedded.device)
             if embedded.is_cuda:
-                torch.compiler.cudagraph_mark_step_begin()
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             last, entered = self._step(embedded, positions, self._widened(masks, cache), keys, values, rows)
         else:
             if self.learning:
@@ -183,7 +183,7 @@ class CompiledLayers:
         from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - a second, for those who compile
 
         patches = {"triton.cudagraphs": True} if self.static else {}
-        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches)
+        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches)  # type: ignore[assignment]
         return compiled
 
 
@@ -229,7 +229,7 @@ def learn(target: Target, compiled: CompiledLayers, rows: Collection[int], probe
             state = target.prefill(probe, len(probe) + count + _SPARE_ROWS)
             state.tokens.append(probe[0])
             # Sizes that are equal by chance here are not equal for ever; what the compiler does not fuse is no news.
-            with warnings.catch_warnings(), shapes.patch(use_duck_shape=False):
+            with warnings.catch_warnings(), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 warnings.simplefilter("ignore")
                 compiled.learning = True
                 found.append(target.forward_tree(state, any_chain(count - 1, target.device)).features)

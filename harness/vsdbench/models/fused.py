@@ -117,7 +117,7 @@ class FusedLayers:
             turned = mixed[:, : self._heads + self._groups]
             if layer.head_norms is not None:
                 turned = self._norm_heads(turned, layer.head_norms)
-            swapped = turned.unflatten(2, (2, width // 2)).flip(2).flatten(2)
+            swapped = turned.view(count, self._heads + self._groups, 2, width // 2).flip(2).flatten(2)
             turned = torch.addcmul(turned * cos, swapped, sin)
             values = mixed[:, self._heads + self._groups :]
             attended = attend(index, turned[:, : self._heads], turned[:, self._heads :], values)

@@ -137,9 +137,12 @@ class Product:
 # A compiled graph cannot hold a packed weight, nor be kept on disk with one: it calls a product by its number.
 _NUMBERS = itertools.count()
 _PRODUCTS: WeakValueDictionary[int, Product] = WeakValueDictionary()
-_OPERATIONS = torch.library.Library("vsdbench", "DEF")
-_OPERATIONS.define("product(Tensor rows, int number, str activation) -> Tensor")
-_OPERATIONS.define("product_and(Tensor rows, int number, Tensor other, str operation) -> Tensor")
+_OPERATIONS = torch.library.Library("vsdbench", "DEF")  # type: ignore[no-untyped-call]
+for _signature in (
+    "product(Tensor rows, int number, str activation) -> Tensor",
+    "product_and(Tensor rows, int number, Tensor other, str operation) -> Tensor",
+):
+    _OPERATIONS.define(_signature)  # type: ignore[no-untyped-call]
 
 
 def _product(rows: Tensor, number: int, activation: str) -> Tensor:
@@ -150,17 +153,17 @@ def _product_and(rows: Tensor, number: int, other: Tensor, operation: str) -> Te
     return _PRODUCTS[number]._and(rows, operation, other)  # noqa: SLF001 - one unit
 
 
-_OPERATIONS.impl("product", _product, "CPU")
-_OPERATIONS.impl("product_and", _product_and, "CPU")
+_OPERATIONS.impl("product", _product, "CPU")  # type: ignore[no-untyped-call]
+_OPERATIONS.impl("product_and", _product_and, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("vsdbench::product")
+@torch.library.register_fake("vsdbench::product")  # type: ignore[untyped-decorator]
 def _product_shape(rows: Tensor, number: int, activation: str) -> Tensor:
     del activation
     return rows.new_empty(rows.shape[0], _PRODUCTS[number]._weight.shape[0])  # noqa: SLF001 - one unit
 
 
-@torch.library.register_fake("vsdbench::product_and")
+@torch.library.register_fake("vsdbench::product_and")  # type: ignore[untyped-decorator]
 def _product_and_shape(rows: Tensor, number: int, other: Tensor, operation: str) -> Tensor:
     del rows, number, operation
     return torch.empty_like(other)
