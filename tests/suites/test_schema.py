@@ -42,6 +42,16 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (tree.kind, tree.budget, tree.depth, tree.top_k) == ("dynamic", 7, 4, 4)
 
 
+def test_what_is_compiled_is_one_row_and_the_trees() -> None:
+    sized = [{"name": "a", "type": "ngram", "tree": {"budget": 11}}, {"name": "b", "type": "ngram"}]
+    assert _suite(drafters=sized).compiled_rows == []
+    assert _suite(drafters=sized, compile=True).compiled_rows == [1, 8, 12]
+    sized[0]["tree"] = {"kind": "auto", "budget": 14}
+    assert _suite(drafters=sized, compile=True).compiled_rows == [1, 4, 8, 15]
+    with pytest.raises(ConfigError, match="leave compile out"):
+        _suite(compile=True, batch_sizes=[1, 2])
+
+
 @pytest.mark.parametrize(
     ("name", "temperature", "rule", "expected"),
     [

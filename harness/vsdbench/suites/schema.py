@@ -206,6 +206,14 @@ class SuiteConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _compiled_one_at_a_time(self) -> SuiteConfig:
+        if self.compile and self.batch_sizes != [1]:
+            raise ValueError(
+                f"batch_sizes is {self.batch_sizes}, but only single answers are compiled: leave compile out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_unique(self) -> SuiteConfig:
         lists: dict[str, list[str]] = {
             "sources": [source.name for source in self.sources],
