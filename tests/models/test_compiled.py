@@ -89,15 +89,15 @@ def test_decoding_is_lossless(target, shape, temperature):
 
 
 def test_nothing_is_compiled_again(target):
-    """Whatever was decoded above: neither contexts nor tree sizes make a graph, and a larger cache only on a GPU."""
+    """Whatever was decoded above: neither contexts nor tree sizes make a graph, nor other caches where all is views."""
     assert describe(target)["graphs"] == len(ROWS)
     assert describe(target)["seconds"] > 0
-    state = target.prefill(make_prompt(3), 700)  # another cache
+    state = target.prefill(make_prompt(3), 50 if target.compiled_layers.static else 700)
     state.tokens.append(4)
     for num_nodes in (0, 1, 7, 12):  # the last one is larger than all that were asked for
         output = target.forward_tree(state, tree_of(range(num_nodes), range(-1, num_nodes - 1)))
         assert len(output.logits) == len(output.features) == num_nodes + 1
-    assert describe(target)["graphs"] == len(ROWS) * (2 if target.compiled_layers.static else 1)
+    assert describe(target)["graphs"] == len(ROWS)
 
 
 def test_the_graph_runs_and_not_the_eager_layers(target, monkeypatch):
