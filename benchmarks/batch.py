@@ -1,8 +1,9 @@
 """Drafters against plain decoding at several batch sizes, on the real target in one run.
 
 The same prompts are answered by every method, B at a time (the next prompt takes the place of an answer that ends), in
-an order that changes. ``tokens/s`` is of the whole batch, prefills apart; ``ms/token`` is what one answer waits for its
-next token; the speedup is over plain decoding of the same batch size in the same round, its range over rounds.
+an order that changes. ``tokens/s`` is of all of them together in steps in which the batch is full, prefills apart;
+``ms/token`` is what one answer waits for its next token then; the speedup is over plain decoding of the same batch
+size in the same round, its range over rounds. ``(mean)`` has the ends too, where no prompt waits: answers in a step.
 
     python benchmarks/batch.py --sizes 1 2 4 8 --drafter eagle3=~/.cache/vsdbench/…/checkpoint
 """
@@ -31,25 +32,18 @@ from vsdbench.errors import VsdbenchError
 from vsdbench.models.target import Target
 
 
-def whole_s(generations: Sequence[Generation]) -> float:
-    """Return the seconds of all steps, each counted once whatever number of answers was part of it."""
+def describe(generations: Sequence[Generation], size: int) -> dict[str, float]:
+    """Return what one round of one method at one batch size gave; a step's time is shared by those that were in it."""
     steps = [step for generation in generations for step in generation.steps]
-    return sum((step.draft_ms + step.verify_ms + step.other_ms) / step.num_sequences for step in steps) / 1e3
-
-
-def describe(generations: Sequence[Generation]) -> dict[str, float]:
-    """Return what one round of one method at one batch size gave."""
-    steps = [step for generation in generations for step in generation.steps]
-    tokens = sum(step.num_emitted for step in steps)
-    seconds = whole_s(generations)
-    draft_s = sum(step.draft_ms / step.num_sequences for step in steps) / 1e3
-    waited_s = sum(generation.decode_s for generation in generations)
+    full = [step for step in steps if step.num_sequences == size]
+    tokens = sum(step.num_emitted for step in full)
+    seconds = sum(step.draft_ms + step.verify_ms + step.other_ms for step in full) / size / 1e3
     return {
         "tokens_per_s": tokens / seconds,
-        "ms_per_token": 1e3 * waited_s / tokens,
-        "tau": tokens / len(steps),
-        "draft_share": draft_s / seconds,
-        "mean_sequences": waited_s / seconds,
+        "ms_per_token": 1e3 * size * seconds / tokens,
+        "tau": sum(step.num_emitted for step in steps) / len(steps),
+        "draft_share": sum(step.draft_ms for step in full) / size / 1e3 / seconds,
+        "mean_sequences": len(steps) / sum(1 / step.num_sequences for step in steps),
     }
 
 
@@ -74,7 +68,7 @@ def measure(
                 settings = DecodeSettings(max_new_tokens=tokens if turn else 6, shape=shape)
                 generations = decode_together(target, forks(drafter, size), prompts, [settings] * len(prompts))
                 if turn:
-                    rounds.setdefault((size, name), []).append(describe(generations))
+                    rounds.setdefault((size, name), []).append(describe(generations, size))
                     answers[f"{size}/{name}"] = [generation.token_ids for generation in generations]
     lines = []
     for (size, name), found in rounds.items():

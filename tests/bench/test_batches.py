@@ -98,6 +98,18 @@ def test_throughput_waiting_and_speedup_are_what_they_are_by_hand(records):
     assert [row["drafter"] for row in summarise_batches(records)] == ["autoregressive"] * 2 + ["fast"] * 2
 
 
+def test_the_ends_of_groups_count_apart():
+    """Both answers of a drafter in two steps, one of them alone in two more; plain decoding is full to its end."""
+    drafted = make_batch("fast", 2, answers=[make_answer("a", [2, 2], 2), make_answer("b", [2, 2, 1, 1], 2)])
+    plain = make_batch("autoregressive", 2)
+    [_, row] = summarise_batches([plain, drafted])
+    assert row["speedup"] == pytest.approx(2)  # 4 tokens in 10 ms against 2 in 10 ms
+    assert row["tokens_per_s"] == pytest.approx(400)
+    assert row["ms_per_token"] == pytest.approx(5)
+    assert row["speedup_to_end"] == pytest.approx(12 / 40 / (2 / 10))
+    assert row["mean_sequences"] == pytest.approx(6 / 4)
+
+
 def test_repeats_are_pooled_and_one_group_has_no_interval(records):
     again = [record.model_copy(update={"repeat": 1}) for record in records]
     both = {(row["drafter"], row["batch_size"]): row for row in summarise_batches(records + again)}

@@ -44,7 +44,7 @@ def test_a_run_goes_on_where_its_batches_stopped(workspace):
     assert again[:-3] == lines[:-3]
     assert len(again) == len(lines) == 3 * 2 * len(METHODS)  # two groups, of two turns and of one; sizes; methods
     assert len({record.key for record in load_batches(run)}) == len(lines)
-    for words in ("batch", "in a step", "ms a token", "Tokens/s: of all answers together"):
+    for words in ("batch", "in a step", "ms a token", "to the end", "while the batch is full"):
         assert words in result.out
 
 

@@ -1,7 +1,9 @@
 """What batches show: throughput, waiting time and speedup by method and batch size, from the records of batches alone.
 
-A step's time belongs to all answers that shared it. ``whole_s`` counts it once, by giving each its share; an answer's
-own ``decode_s`` counts it whole, since that is how long it waited. The unit of every statistic is a group of prompts.
+A step's time belongs to all answers that shared it, so each of them has its share. Where a group runs out of prompts
+the batch gets smaller, and sooner for a drafter, whose answers end at different times: what is said of a batch size is
+therefore said of steps in which the batch was full, and what the ends cost is said apart. The unit of every statistic
+is a group of prompts.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ _IDENTITY = ("group", "turn", "repeat", "batch_size", "method", "kind", "mode", 
 def to_frames(records: Sequence[BatchRecord]) -> Frames:
     """Return ``(answers, steps)``, with one row an answer and one a step of an answer.
 
-    ``answers`` is numbered from 0 and has what identifies its batch, ``num_output_tokens``, ``decode_s``, ``whole_s``
-    (its share of the batch's decode time) and ``lossless``; ``steps`` has ``record`` (the row of its answer), counts as
-    in ``Steps``, and milliseconds as its share.
+    ``answers`` is numbered from 0 and has what identifies its batch, and ``lossless``; ``steps`` has ``record`` (the
+    row of its answer), ``group``, ``num_sequences``, ``full`` (these are as many as the batch size), counts as in
+    ``Steps``, and milliseconds as its share of the step's.
     """
     answers: list[dict[str, Any]] = []
     steps: list[pd.DataFrame] = []
@@ -38,6 +40,9 @@ def to_frames(records: Sequence[BatchRecord]) -> Frames:
             frame = pd.DataFrame(
                 {
                     "record": len(answers),
+                    "group": record.group,
+                    "num_sequences": share,
+                    "full": share == record.batch_size,
                     "num_accepted": np.asarray(own.num_accepted, dtype=np.int64),
                     "num_emitted": np.asarray(own.num_emitted, dtype=np.int64),
                     **{name: np.asarray(getattr(own, name), dtype=np.float64) / share for name in _TIMES},
@@ -48,9 +53,6 @@ def to_frames(records: Sequence[BatchRecord]) -> Frames:
                 {
                     **{name: getattr(record, name) for name in _IDENTITY},
                     "prompt_id": answer.prompt_id,
-                    "num_output_tokens": answer.num_output_tokens,
-                    "decode_s": answer.decode_s,
-                    "whole_s": float(frame[list(_TIMES)].to_numpy().sum()) / 1e3,
                     "lossless": answer.lossless,
                 }
             )
@@ -60,16 +62,21 @@ def to_frames(records: Sequence[BatchRecord]) -> Frames:
 def summarise_batches(records: Sequence[BatchRecord]) -> list[dict[str, Any]]:
     """Return one entry a mode, method and batch size, as plain JSON data (empty without records).
 
-    ``tokens_per_s`` is the throughput of the whole batch, prefills apart; ``ms_per_token`` what an answer waits for a
-    token; ``mean_sequences`` the answers in a step, fewer than ``batch_size`` where a group runs out. ``speedup`` is
-    over plain decoding at the same batch size, paired by group (geometric mean; Student's t over groups), and
-    ``scaling`` is throughput over that of the same method at the smallest batch size, likewise.
+    ``tokens_per_s`` is the throughput of full batches, prefills apart; ``ms_per_token`` what an answer in them waits
+    for a token; ``mean_sequences`` the answers in a step, the ends of groups included. ``speedup`` is throughput over
+    that of plain decoding at the same batch size, paired by group (geometric mean; Student's t over groups), and
+    ``speedup_to_end`` the same for whole groups, their ends included; ``scaling`` is throughput over that of the same
+    method at the smallest batch size.
     """
     answers, steps = to_frames(records)
     if answers.empty:
         return []
     smallest = int(answers["batch_size"].min())
     rows = []
+
+    def of(chosen: pd.DataFrame) -> pd.DataFrame:
+        return steps[steps["record"].isin(chosen.index)]
+
     for (mode, temperature), part in answers.groupby(["mode", "temperature"], sort=True):
         cells = {
             (str(method), int(str(size))): rows_of
@@ -87,10 +94,12 @@ def summarise_batches(records: Sequence[BatchRecord]) -> list[dict[str, Any]]:
                     "num_prompts": int(chosen["prompt_id"].nunique()),
                     "num_groups": int(chosen["group"].nunique()),
                 }
-                row |= _measures(chosen, steps[steps["record"].isin(chosen.index)])
-                plain = cells.get((_PLAIN, size))
-                row |= _ratio("speedup", chosen, None if method == _PLAIN else plain)
-                row |= _ratio("scaling", chosen, None if size == smallest else cells.get((method, smallest)))
+                row |= _measures(chosen, of(chosen), size)
+                plain = None if method == _PLAIN else cells.get((_PLAIN, size))
+                smaller = None if size == smallest else cells.get((method, smallest))
+                row |= _ratio("speedup", of(chosen), None if plain is None else of(plain), full=True)
+                row |= _ratio("speedup_to_end", of(chosen), None if plain is None else of(plain), full=False)
+                row |= _ratio("scaling", of(chosen), None if smaller is None else of(smaller), full=True)
                 rows.append(row)
     return rows
 
@@ -99,26 +108,30 @@ def _kind(answers: pd.DataFrame, method: str) -> str:
     return str(answers.loc[answers["method"] == method, "kind"].iloc[0])
 
 
-def _measures(answers: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Any]:
-    tokens = int((answers["num_output_tokens"] - 1).sum())
-    whole_s, waited_s = float(answers["whole_s"].sum()), float(answers["decode_s"].sum())
-    shares = {name.removesuffix("_ms"): float(steps[name].sum()) / 1e3 for name in _TIMES}
-    known = tokens > 0 and whole_s > 0
+def _measures(answers: pd.DataFrame, steps: pd.DataFrame, size: int) -> dict[str, Any]:
+    full = steps[steps["full"]]
+    tokens, seconds = int(full["num_emitted"].sum()), _seconds(full)
+    shares = {name.removesuffix("_ms"): float(full[name].sum()) / 1e3 for name in _TIMES}
+    known = tokens > 0 and seconds > 0
     return {
         "tau": metrics.tau(steps),
-        "tokens_per_s": tokens / whole_s if known else None,
-        "ms_per_token": 1e3 * waited_s / tokens if known else None,
-        "mean_sequences": waited_s / whole_s if known else None,
-        "time_share": {name: value / whole_s if known else None for name, value in shares.items()},
+        "tokens_per_s": tokens / seconds if known else None,
+        "ms_per_token": 1e3 * size * seconds / tokens if known else None,
+        "mean_sequences": len(steps) / float((1 / steps["num_sequences"]).sum()) if len(steps) else None,
+        "time_share": {name: value / seconds if known else None for name, value in shares.items()},
         "lossless": metrics.lossless_counts(answers),
     }
 
 
-def _ratio(name: str, ours: pd.DataFrame, theirs: pd.DataFrame | None) -> dict[str, Any]:
+def _seconds(steps: pd.DataFrame) -> float:
+    return float(steps[list(_TIMES)].to_numpy().sum()) / 1e3
+
+
+def _ratio(name: str, ours: pd.DataFrame, theirs: pd.DataFrame | None, *, full: bool) -> dict[str, Any]:
     """Return how many times the throughput of ``theirs`` ``ours`` has, by group, with the interval over groups."""
     if theirs is None:
         return {name: None, f"{name}_ci": None}
-    sides = [_seconds_a_token(side) for side in (theirs, ours)]
+    sides = [_seconds_a_token(side[side["full"]] if full else side) for side in (theirs, ours)]
     both = pd.concat(sides, axis=1, keys=["theirs", "ours"]).dropna()
     if both.empty:
         return {name: None, f"{name}_ci": None}
@@ -126,9 +139,9 @@ def _ratio(name: str, ours: pd.DataFrame, theirs: pd.DataFrame | None) -> dict[s
     return {name: estimate.value, f"{name}_ci": None if estimate.ci is None else list(estimate.ci)}
 
 
-def _seconds_a_token(answers: pd.DataFrame) -> pd.Series[float]:
-    """Return seconds a token of each group, turns and repeats pooled; groups without a decoded token are left out."""
-    frame = answers[["group", "whole_s"]].assign(num_tokens=answers["num_output_tokens"] - 1)
-    sums = frame.groupby("group").sum()
+def _seconds_a_token(steps: pd.DataFrame) -> pd.Series[float]:
+    """Return seconds a token of each group, turns and repeats pooled."""
+    ms = steps[list(_TIMES)].sum(axis=1)
+    sums = steps[["group", "num_emitted"]].assign(ms=ms).groupby("group").sum()
     sums = sums[(sums > 0).all(axis=1)]
-    return sums["whole_s"] / sums["num_tokens"]
+    return sums["ms"] / 1e3 / sums["num_emitted"]

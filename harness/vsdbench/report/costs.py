@@ -192,7 +192,7 @@ def batches(runs: Sequence[Run]) -> Section | None:
     picture = Picture(
         name="batches",
         title="Throughput and speedup against the batch size",
-        note=f"At T = {mode[1]:g}, all answers of a batch together, prefills apart. Bars: 95 % intervals over groups "
+        note=f"At T = {mode[1]:g}, full batches, prefills apart. Bars: 95 % intervals over groups "
         "of prompts. Trees are the same at every batch size.",
         alt="Two panels over the batch size: tokens a second, and the speedup over plain decoding at that size.",
         figure=batch_figure(run.summary, mode=mode[0], temperature=mode[1], layout=COLUMN),
@@ -205,7 +205,18 @@ def batch_table(run: Run) -> Table:
     return Table(
         name="batches",
         title="Decoding in batches",
-        columns=("drafter", "T", "batch", "in a step", "τ", "tokens/s", "ms a token", "drafter's share", "speedup"),
+        columns=(
+            "drafter",
+            "T",
+            "batch",
+            "in a step",
+            "τ",
+            "tokens/s",
+            "ms a token",
+            "drafter's share",
+            "speedup",
+            "to the end",
+        ),
         rows=tuple(
             (
                 words(row["drafter"]),
@@ -217,11 +228,13 @@ def batch_table(run: Run) -> Table:
                 number(row["ms_per_token"], 1),
                 percent(row["time_share"]["draft"]),
                 estimate(row["speedup"], row["speedup_ci"]),
+                estimate(row["speedup_to_end"], row["speedup_to_end_ci"]),
             )
             for row in run.summary["batches"]
         ),
-        note="In a step: answers that were decoded at once, on average. Ms a token: what one answer waits. Speedup: "
-        "over plain decoding at the same batch size, with 95 % intervals over groups of prompts (Student's t).",
+        note="Tokens/s, what one answer waits for a token (ms), and speedup over plain decoding at the same batch size "
+        "are of full batches; to the end: with the ends of groups, where the batch gets smaller; in a step: how many "
+        "answers there are then. Brackets: 95 % intervals over groups of prompts (Student's t).",
         wide=True,
     )
 

@@ -125,6 +125,7 @@ def batch_rows(summary: Summary) -> list[dict[str, Cell]]:
                 "ms a token": Cell(value=MISSING if waits is None else f"{waits:.1f}"),
                 "draft·verify·other, %": Cell(value=_percentages(list(row["time_share"].values()))),
                 "speedup": _estimate(row["speedup"], row["speedup_ci"], strong=row["speedup"] is not None),
+                "to the end": _estimate(row["speedup_to_end"], None),
                 "lossless =·≈·≠": _lossless(row["lossless"]),
             }
         )
@@ -148,10 +149,12 @@ def slower(summary: Summary) -> str:
 
 
 _BATCHES = (
-    "Batch: answers decoded at once, the next prompt taking the place of one that ends; in a step: how many there were "
-    "on average. Tokens/s: of all answers together, prefills apart. Ms a token: what one answer waits. Speedup: "
-    "throughput over plain decoding at the same batch size, paired by group of prompts, geometric mean, Student's t "
-    "over groups; trees are the same at every batch size. Lossless: against plain decoding one answer at a time."
+    "Batch: answers decoded at once, the next prompt taking the place of one that ends. Tokens/s: of all of them "
+    "together while the batch is full, prefills apart. Ms a token: what one answer waits. Speedup: throughput "
+    "over plain decoding at the same batch size, paired by group of prompts, geometric mean, Student's t over "
+    "groups; to the end: with the ends of groups, where no prompt waits and the batch gets smaller; in a step: "
+    "answers in one then, on average. Trees are the same at every batch size. Lossless: against plain decoding "
+    "one answer at a time."
 )
 
 
