@@ -277,7 +277,7 @@ def _joined(values: Sequence[float | None]) -> str:
 
 def _fitting(rows: Sequence[dict[str, Cell]], console: Console) -> list[Table]:
     """Return the widest layout that fits the console: inline, stacked, or split in two tables."""
-    where = {"accepted by depth, %", "draft·verify·other, %", "lossless =·≈·≠"}
+    where = {"accepted by depth, %", "draft·verify·other, %", "lossless =·≈·≠", "in a step", "to the end"}
     identity = {"drafter", "T", "category", "batch"}
     split = [
         [{name: cell for name, cell in row.items() if name not in where} for row in rows],
