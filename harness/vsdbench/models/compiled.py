@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental import _config as shapes
 
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.decoding.tree import any_chain
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 CAPACITY_STEP = 512
 """On CUDA a cache has a multiple of so many rows, so that graphs are not made again for every length of answer."""
 
-_SPARE_ROWS = 31
+_SPARE_ROWS = 32
 _MOST_GRAPHS = 64
 """Tree sizes and targets of one process, all together."""
 
@@ -225,12 +224,14 @@ def learn(target: Target, compiled: CompiledLayers, rows: Collection[int], probe
     config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     for count in sorted(rows):
         found = []
+        # Sizes that are equal here are taken for equal for ever. So the number of keys and that of the cache's rows are
+        # odd, since strides are not, and differ.
+        prompt = probe[: len(probe) - 1 + (len(probe) + count) % 2]
         for target.compiled_layers in (None, compiled):
-            state = target.prefill(probe, len(probe) + count + _SPARE_ROWS)
+            state = target.prefill(prompt, len(prompt) + count + _SPARE_ROWS)
             state.tokens.append(probe[0])
-            # Sizes that are equal by chance here are not equal for ever; what the compiler does not fuse is no news.
-            with warnings.catch_warnings(), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's, about what it does not fuse
                 compiled.learning = True
                 found.append(target.forward_tree(state, any_chain(count - 1, target.device)).features)
                 compiled.learning = False
