@@ -139,19 +139,35 @@ def _write_fitting(document: Document, folder: Path) -> None:
     source, best, best_share = b"", b"", -1.0
     options = [(size, appendix) for size in _SIZES_PT for appendix in ([False, True] if document.appendix else [False])]
     for size, appendix in options:
-        text = to_typst(document, template=TEMPLATE, figures=_FIGURES, size_pt=size, appendix=appendix)
-        source = text.encode()
-        write_atomic(folder / SOURCE, source)
-        answer = typst.query(
-            folder / SOURCE, "<filled>", field="value", one=True, root=folder, ignore_system_fonts=True
-        )
-        share = float(json.loads(answer))
+        source, share = _write_whole(document, folder, size, appendix=appendix)
         if share > best_share:
             best, best_share = source, share
         if share >= _FULL_ENOUGH:
             break
     if best != source:
         write_atomic(folder / SOURCE, best)
+
+
+def _write_whole(document: Document, folder: Path, size_pt: float, *, appendix: bool) -> tuple[bytes, float]:
+    """Write the source, and return it with the share of the last page that its text fills.
+
+    What Typst would squeeze into the gap that wide tables and figures leave in a column, over what stands below, is
+    placed otherwise; each try has more of that, so it ends.
+    """
+    squeezed: frozenset[str] = frozenset()
+    while True:
+        text = to_typst(
+            document, template=TEMPLATE, figures=_FIGURES, size_pt=size_pt, appendix=appendix, squeezed=squeezed
+        )
+        source = text.encode()
+        write_atomic(folder / SOURCE, source)
+        answer = typst.query(
+            folder / SOURCE, "<layout>", field="value", one=True, root=folder, ignore_system_fonts=True
+        )
+        found = json.loads(answer)
+        if not found["squeezed"]:
+            return source, float(found["filled"])
+        squeezed |= frozenset(found["squeezed"])
 
 
 def _clear(folder: Path, suffixes: tuple[str, ...]) -> None:

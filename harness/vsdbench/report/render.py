@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from vsdbench.bench.spans import Span
 from vsdbench.report.model import (
@@ -32,6 +32,8 @@ _LATEX = {
     "\N{GREATER-THAN OR EQUAL TO}": r"$\geq$", "\N{LESS-THAN OR EQUAL TO}": r"$\leq$",
 }  # fmt: skip
 _SIGNS = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}"}
+_HIGH = 16
+"""Rows: a table with more would leave too much of a column empty if it stood in the text and had to go to the next."""
 FORMATS: dict[str, Callable[[Table], str]] = {}
 """File suffix to renderer, of the formats in which every table is written beside the report."""
 
@@ -145,7 +147,9 @@ FORMATS |= {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
 # --- Typst ---------------------------------------------------------------------------------------------------------
 
 
-def to_typst(document: Document, *, template: str, figures: str, size_pt: float, appendix: bool) -> str:
+def to_typst(
+    document: Document, *, template: str, figures: str, size_pt: float, appendix: bool, squeezed: Collection[str] = ()
+) -> str:
     """Return the document as Typst source. Every text is a string literal, so nothing in it is read as markup.
 
     Args:
@@ -154,11 +158,13 @@ def to_typst(document: Document, *, template: str, figures: str, size_pt: float,
         figures: Folder of the SVG figures, beside the source.
         size_pt: Of the type.
         appendix: Whether it is set.
+        squeezed: Labels (``table-main``) of tables and figures for which a column had no room: they stand in the text,
+            high tables over both columns.
 
     Raises:
         ValueError: A source is cited that ``document.references`` lacks.
     """
-    writer = _Typst(document.references, figures)
+    writer = _Typst(document.references, figures, squeezed)
     last = [document.appendix] if document.appendix and appendix else []
     body = "\n\n".join(writer.section(section) for section in (*document.sections, *last))
     summary = ", ".join(writer.prose(paragraph) for paragraph in document.summary)
@@ -183,9 +189,10 @@ def literal(text: str) -> str:
 class _Typst:
     """Writes blocks and numbers sources in the order in which they are first cited."""
 
-    def __init__(self, references: dict[str, str], figures: str) -> None:
+    def __init__(self, references: dict[str, str], figures: str, squeezed: Collection[str] = ()) -> None:
         self._references = references
         self._figures = figures
+        self._squeezed = squeezed
         self.cited: list[str] = []
 
     def section(self, section: Section) -> str:
@@ -238,10 +245,12 @@ class _Typst:
 
     def table(self, table: Table, *, inline: bool = False) -> str:
         """Return the call that sets a table, in the text or where a page has room."""
+        squeezed, high = f"table-{table.name}" in self._squeezed, len(table.rows) > _HIGH
+        inline, wide = inline or (squeezed and not high), table.wide or squeezed
         rows = "".join(f"    ({', '.join(_typst_cell(cell) for cell in row)},),\n" for row in table.rows)
         align = ", ".join("left" if i < table.num_left else "right" for i in range(len(table.columns)))
         return (
-            f"#data-table(\n  key: {literal(table.name)}, wide: {_typst_bool(table.wide and not inline)}, "
+            f"#data-table(\n  key: {literal(table.name)}, wide: {_typst_bool(wide and not inline)}, "
             f"inline: {_typst_bool(inline)}, stretch: {_typst_bool(table.stretch)},\n  title: "
             f"{self.prose(table.title)},\n  note: {self.prose(table.note) if table.note else 'none'},\n"
             f"  align: ({align},), rules: ({''.join(f'{rule}, ' for rule in table.rules)}),\n"
@@ -250,8 +259,9 @@ class _Typst:
 
     def _picture(self, picture: Picture) -> str:
         path = f"{self._figures}/{picture.name}.svg"
+        inline = " inline: true," if f"figure-{picture.name}" in self._squeezed else ""
         return (
-            f"#picture(\n  key: {literal(picture.name)}, wide: {_typst_bool(picture.wide)},\n"
+            f"#picture(\n  key: {literal(picture.name)}, wide: {_typst_bool(picture.wide)},{inline}\n"
             f"  file: read({literal(path)}, encoding: none), alt: {literal(plain(picture.alt))},\n"
             f"  title: {self.prose(picture.title)},\n  note: {self.prose(picture.note)},\n)"
         )
