@@ -133,14 +133,14 @@ def interrupted_after(workspace, monkeypatch):
 
             class Stopping:
                 def __enter__(self):
-                    shown = display.__enter__()
+                    shown, on_batch = display.__enter__()
 
                     def on_progress(done):
                         shown(done)
                         if done.done == count:
                             raise KeyboardInterrupt
 
-                    return on_progress
+                    return on_progress, on_batch
 
                 def __exit__(self, *error):
                     return display.__exit__(*error)
