@@ -2,13 +2,11 @@
 
 A fixed number of slots decodes in step. A slot whose answer ends is given the next prompt at once, so no row idles
 until the longest answer of a batch is done. The cache is allocated once. Rows are kept sorted by length in groups,
-each dense and only as wide as its longest row needs; one query a row is then two batched products a group, which on
-CPUs are several times faster than a fused attention kernel made for long queries. Prompts are prefilled packed end to
-end, without padding, and a prefix that all prompts share (the chat template's system turn) is computed once.
+each dense and only as wide as its longest row needs; one query a row is then two batched products a group, as fast as
+fused attention or faster (``docs/log.md``). Prompts are prefilled packed, without padding, their shared prefix once.
 
-The model is the stock transformers one: it gets a cache object, explicit masks and positions. Where the target has
-fused layers (``vsdbench.models.fused``), those run in its place. A prompt with images is read by the target by itself,
-and its keys and values take their place in a row.
+The model is the stock transformers one, or the target's fused layers in its place. A prompt with images is read by the
+target by itself, and its keys and values take their place in a row.
 
 Shape legend: S slots, n rows in use, P prefix tokens, C cache columns, D head size, V vocabulary.
 """
