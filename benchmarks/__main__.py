@@ -93,6 +93,14 @@ def long_context(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
             yield f"{name} drafting, {where}", ratio, "x"
 
 
+def visual_tokens(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
+    """Yield what ViSpec costs over the drafters that keep all visual tokens."""
+    for line in result["lines"]:
+        for name, ratios in line["ratios"].items():
+            for part, (middle, *_) in ratios.items():
+                yield f"vispec / {name}: {part}, {line['visual_tokens']} visual tokens", middle, "x"
+
+
 def batch(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
     """Yield drafters' throughput over plain decoding's in batches of the same size, and plain decoding's own growth."""
     plain = {
@@ -134,6 +142,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         speculative, (), ("--methods", "ngram,hf-prompt-lookup", "--prompts", "2", "--repeats", "1")
     ),
     "long_context": Benchmark(long_context, (), ("--contexts", "256", "1024", "--repeats", "5")),
+    "visual_tokens": Benchmark(visual_tokens, (), ("--tokens", "81", "576", "--repeats", "5")),
     "batch": Benchmark(batch, (), ("--sizes", "1", "4", "--prompts", "4", "--repeats", "1", "--tokens", "16")),
     "data_throughput": Benchmark(data_throughput, (), ("--slots", "16", "--max-new-tokens", "48", "--turn", "2")),
     "training_throughput": Benchmark(

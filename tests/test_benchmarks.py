@@ -17,6 +17,7 @@ PRINTED = {
     "autoregressive": {
         "methods": {"autoregressive": {}, "hf-generate": {"our_speed_over_it": 1.31}},
     },
+    "visual_tokens": {"lines": [{"visual_tokens": 81, "ratios": {"msd": {"prefill": [0.44, 0.4, 0.5]}}}]},
     "speculative": {
         "methods": {
             "autoregressive": {"tau": 1.0, "overhead_share": 0.01, "draft_share": 0.0, "speed_over_plain": 1.0},
@@ -70,7 +71,7 @@ def test_every_file_takes_part(benchmarks):
 
 def test_ratios_are_shown_and_kept_with_the_machine(benchmarks, started, monkeypatch, tmp_path, capsys):
     file = tmp_path / "new" / "speed.json"
-    names = ["products", "autoregressive", "speculative"]
+    names = ["products", "autoregressive", "visual_tokens", "speculative"]
     assert run(benchmarks, monkeypatch, "--quick", "--only", *names, "--json", str(file)) == 0
     assert [name for name, _ in started] == names
     assert all(arguments[0] == "--json" for _, arguments in started)
@@ -79,7 +80,7 @@ def test_ratios_are_shown_and_kept_with_the_machine(benchmarks, started, monkeyp
     assert kept["quick"] is True
     assert {name: entry["result"] for name, entry in kept["benchmarks"].items()} == PRINTED
     shown = capsys.readouterr().out
-    for text in ("1.50 x", "1.31 x", "1.25 x", "0.90 x", "2.00 %", "3.00 %"):
+    for text in ("1.50 x", "1.31 x", "1.25 x", "0.44 x", "0.90 x", "2.00 %", "3.00 %"):
         assert text in shown
     assert "20.00 %" not in shown, "the shares of other engines are measured in another way"
 
