@@ -183,13 +183,25 @@ def bent(tails, bias, a):
     return stats.norm.cdf(bias + z / (1 - a * z))
 
 
+def few_units(n, alpha=0.05):
+    """By what a bootstrap's distances are too short for n units (Hesterberg 2015)."""
+    return stats.t.ppf(1 - alpha / 2, n - 1) / stats.norm.ppf(1 - alpha / 2) * math.sqrt(n / (n - 1))
+
+
+def widened(value, ends, n):
+    """Ends about a value on the same scale, as far from it as n units need."""
+    return value + few_units(n) * (np.asarray(ends) - value)
+
+
 def tau_interval(of):
     emitted, steps = np.array([pair for _, pair in sorted(counts(of).items())]).T
-    return bca(lambda e, s: e.sum(axis=-1) / s.sum(axis=-1), emitted, steps)
+    ends = bca(lambda e, s: e.sum(axis=-1) / s.sum(axis=-1), emitted, steps)
+    return np.exp(widened(math.log(tau(of)), np.log(ends), len(steps)))
 
 
 def speedup_interval(ours, theirs):
-    return np.exp(bca(lambda values: values.mean(axis=-1), list(log_ratios(ours, theirs).values())))
+    values = list(log_ratios(ours, theirs).values())
+    return np.exp(widened(np.mean(values), bca(lambda v: v.mean(axis=-1), values), len(values)))
 
 
 # --- paired differences --------------------------------------------------------------------------------------------
@@ -221,8 +233,7 @@ class Difference:
     def interval(self, alpha):
         tails = np.array([alpha / 2, 1 - alpha / 2])
         low, high = np.quantile(self.drawn, bent(tails, self.bias, self.a))
-        student, normal = stats.t.ppf(1 - alpha / 2, self.n - 1), stats.norm.ppf(1 - alpha / 2)
-        wider = student / normal * math.sqrt(self.n / (self.n - 1))
+        wider = few_units(self.n, alpha)
         seeds = self.seed_error * stats.t.ppf(1 - alpha / 2, self.num_seeds - 1) if self.num_seeds > 1 else 0.0
         below, above = max(0.0, self.value - low), max(0.0, high - self.value)
         return self.value - math.hypot(wider * below, seeds), self.value + math.hypot(wider * above, seeds)

@@ -76,7 +76,7 @@ def test_baselines_and_definitions_are_shown(summary):
     for said in (
         "bonus included",
         "prefill excluded",
-        "95 % BCa over prompts",
+        "95 % BCa over prompts, widened for few prompts",
         "kept / reached",
         "12 prompts x 2 repeats",
         "Student's t intervals that together hold 1 in 99 % of quiet runs",

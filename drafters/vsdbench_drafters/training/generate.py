@@ -190,10 +190,8 @@ class SlotGenerator:
         )[:, -1]
         at = rows.count[:in_use]
         uniforms = rows.noise[np.arange(in_use), np.minimum(at, rows.noise.shape[1] - 1)]
-        token = (
-            pick_tokens(logits, torch.from_numpy(rows.temperature[:in_use]), torch.from_numpy(uniforms)).cpu().numpy()
-        )
-        return self._advance(rows, token)
+        picked = pick_tokens(logits, torch.from_numpy(rows.temperature[:in_use]), torch.from_numpy(uniforms))
+        return self._advance(rows, picked.cpu().numpy())
 
     def _advance(self, rows: _Rows, token: NDArray[np.int64]) -> list[Response]:
         """Book one new token a row; free the rows whose answer has ended and return those answers."""

@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, BCa, Floats, Interval, log_ratios, resamples
+from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, BCa, Floats, Interval, log_ratios, resamples, widened
 
 Frames: TypeAlias = tuple[pd.DataFrame, pd.DataFrame]
 """``(records, steps)`` as ``store.frames.to_frames`` gives them, of one method and mode."""
@@ -208,12 +208,9 @@ class _Uncertainty:
         """Return the interval of confidence ``1 - alpha``; it grows as ``alpha`` falls and always holds the value."""
         tails = np.array([alpha / 2, 1 - alpha / 2])
         low, high = np.quantile(self.resamples, tails if self.correction is None else self.correction.tails(tails))
-        wider = _small_sample(alpha, self.num_prompts)
+        low, high = widened(self.value, (float(low), float(high)), self.num_prompts, 1 - alpha)
         half = self.seed_error * special.stdtrit(self.num_seeds - 1, 1 - alpha / 2) if self.seed_error else 0.0
-        return (
-            self.value - math.hypot(wider * max(self.value - low, 0.0), half),
-            self.value + math.hypot(wider * max(high - self.value, 0.0), half),
-        )
+        return self.value - math.hypot(self.value - low, half), self.value + math.hypot(high - self.value, half)
 
     def p_value(self) -> float:
         """Return the largest alpha whose interval holds 0, no less than the resamples can tell."""
@@ -256,16 +253,6 @@ def _uncertainty(statistic: _Statistic, n: int, seed: int, num_resamples: int) -
         num_prompts=n,
         num_seeds=len(by_seed),
     )
-
-
-def _small_sample(alpha: float, n: int) -> float:
-    """Return by what the bootstrap's distances are too short for ``n`` prompts.
-
-    Resampling takes the spread of ``n`` prompts for the truth: it is short by sqrt((n - 1) / n), and it uses normal
-    quantiles where Student's are due (Hesterberg 2015, The American Statistician 69, 371). It cannot reach beyond the
-    largest prompt either, so that of four prompts one arm wins all of in an eighth of all experiments it would be sure.
-    """
-    return float(special.stdtrit(n - 1, 1 - alpha / 2) / special.ndtri(1 - alpha / 2)) * math.sqrt(n / (n - 1))
 
 
 def _seed_error(by_seed: Floats, drawn: Floats, n: int) -> float:

@@ -63,7 +63,8 @@ def ratio_interval(
 ) -> Interval | None:
     """Return the BCa interval of sum(numerator) / sum(denominator) over units resampled jointly.
 
-    Two units give the percentile interval (see ``BCa``), fewer give None. With no variation it is the value twice.
+    Two units give the percentile interval (see ``BCa``), fewer give None. With no variation it is the value twice. For
+    few units it is too short: what is printed went through ``widened``.
 
     Args:
         numerator: ``[n]``, one entry a unit.
@@ -81,6 +82,20 @@ def ratio_interval(
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     correction = BCa.of(drawn, float(_ratio(total)), _ratio(total - columns))
     return _quantiles(drawn, tails if correction is None else correction.tails(tails))
+
+
+def widened(value: float, ends: Interval, num_units: int, confidence: float = CONFIDENCE) -> Interval:
+    """Return a bootstrap's ``ends`` with their distances from ``value`` as long as so few units need them.
+
+    Resampling takes the spread of ``n`` units for the truth: it is short by sqrt((n - 1) / n), and it uses normal
+    quantiles where Student's are due (Hesterberg 2015, The American Statistician 69, 371). It cannot reach beyond the
+    largest unit either, so that of four prompts one arm wins all of in an eighth of all experiments it would be sure.
+    The factor is 1.22 for 10 units, 1.05 for 40 and 1.02 for 80. Ratios are widened as logarithms.
+    """
+    upper = (1 + confidence) / 2
+    factor = float(special.stdtrit(num_units - 1, upper) / special.ndtri(upper))
+    factor *= math.sqrt(num_units / (num_units - 1))
+    return value - factor * max(value - ends[0], 0.0), value + factor * max(ends[1] - value, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +169,13 @@ def _counts(rng: np.random.Generator, n: int, size: int) -> NDArray[np.intp]:
 
 
 def mean_estimate(values: NDArray[np.floating[Any]], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate:
-    """Return the mean of ``values [n]``, one a prompt, with its BCa interval."""
-    value = float(np.mean(values)) if len(values) else None
+    """Return the mean of ``values [n]``, one a prompt, with its BCa interval, ``widened``."""
+    if not len(values):
+        return Estimate(value=None, ci=None, num_units=0)
+    value = float(np.mean(values))
     ones = np.ones(len(values))
     ci = ratio_interval(np.asarray(values, dtype=np.float64), ones, seed=seed, num_resamples=num_resamples)
-    return Estimate(value=value, ci=ci, num_units=len(values))
+    return Estimate(value=value, ci=ci and widened(value, ci, len(values)), num_units=len(values))
 
 
 def log_ratios(method: pd.DataFrame, reference: pd.DataFrame) -> pd.Series[float]:
@@ -191,7 +208,7 @@ def speedup(log_ratios: pd.Series[float], *, seed: int, num_resamples: int = NUM
 
 
 def pooled_tau(by_prompt: pd.DataFrame, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Estimate:
-    """Return ``metrics.tau`` with the BCa interval of that ratio of sums, prompts resampled with all their steps.
+    """Return ``metrics.tau`` with the BCa interval of that ratio of sums, ``widened``, prompts resampled as wholes.
 
     Args:
         by_prompt: As ``metrics.emitted_and_steps`` gives it.
@@ -199,8 +216,12 @@ def pooled_tau(by_prompt: pd.DataFrame, *, seed: int, num_resamples: int = NUM_R
         num_resamples: Bootstrap resamples.
     """
     sums = by_prompt[["num_emitted", "num_steps"]].to_numpy(np.float64)
+    if not len(sums):
+        return Estimate(value=None, ci=None, num_units=0)
+    value = math.log(_ratio(sums.sum(axis=0)))
     ci = ratio_interval(sums[:, 0], sums[:, 1], seed=seed, num_resamples=num_resamples)
-    return Estimate(value=float(_ratio(sums.sum(axis=0))) if len(sums) else None, ci=ci, num_units=len(sums))
+    logs = ci and widened(value, (math.log(ci[0]), math.log(ci[1])), len(sums))
+    return Estimate(value=value, ci=logs, num_units=len(sums)).map(math.exp)
 
 
 def same_method_control(records: pd.DataFrame, *, confidence: float = CONFIDENCE) -> Estimate | None:
@@ -244,7 +265,7 @@ def two_level_bootstrap(
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Estimate:
-    """Return the mean of category means; categories are resampled, then prompts within each (percentile interval).
+    """Return the mean of category means; categories are resampled, then prompts within each (percentiles, ``widened``).
 
     Args:
         values: One a prompt, e.g. ``log_ratios``.
@@ -266,7 +287,8 @@ def two_level_bootstrap(
     for group, (where, counts) in zip(groups, draws, strict=True):
         means[where] = counts @ group / len(group)
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(value=value, ci=_quantiles(means.mean(axis=1), tails), num_units=len(groups))
+    ci = widened(value, _quantiles(means.mean(axis=1), tails), len(groups), confidence)
+    return Estimate(value=value, ci=ci, num_units=len(groups))
 
 
 def _draw_of_groups(

@@ -50,6 +50,8 @@ REFERENCES = {
     "gsm8k": "Cobbe et al. Training Verifiers to Solve Math Word Problems. arXiv 2110.14168.",
     "smollm2": "Ben Allal et al. SmolLM2: When Smol Goes Big. arXiv 2502.02737.",
     "bca": "B. Efron. Better Bootstrap Confidence Intervals. Journal of the American Statistical Association 82, 1987.",
+    "hesterberg": "T. C. Hesterberg. What Teachers Should Know About the Bootstrap: Resampling in the Undergraduate "
+    "Statistics Curriculum. The American Statistician 69, 2015.",
     "holm": "S. Holm. A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6, "
     "1979.",
 }
@@ -78,8 +80,8 @@ def setup(runs: Sequence[Run]) -> Section:
         "all steps; the first token, which the prefill gives, and tokens behind the end of an answer do not count. "
         "A speedup is the decode time a token of a baseline over that of the drafter, paired by prompt and averaged "
         "as a geometric mean, prefill apart. Methods take turns prompt by prompt in a random order, so that a machine "
-        "that slows down slows all of them. Intervals are 95 % BCa bootstrap intervals [[cite:bca]] over prompts; "
-        "repeats are averaged first."
+        "that slows down slows all of them. Intervals are 95 % BCa bootstrap intervals [[cite:bca]] over prompts, "
+        "widened for few prompts [[cite:hesterberg]]; repeats are averaged first."
     )
     reconstructed = [name for name in RECONSTRUCTED if name in objectives(runs)]
     if reconstructed:

@@ -187,7 +187,8 @@ def domain_table(run: Run) -> Table:
             for row in rows
         ),
         note=f"Against the faster baseline: the geometric mean of {len(run.categories)} categories' own means. "
-        "Brackets: 95 % intervals, by Student's t over categories and by resampling them and prompts within them.",
+        "Brackets: 95 % intervals, by Student's t over categories and by resampling them and prompts within them, "
+        "widened for few categories.",
     )
 
 

@@ -187,7 +187,7 @@ def definitions(summary: Summary) -> str:
         "τ: tokens emitted a verification step, bonus included, prefill excluded, pooled over steps. "
         "Accepted: kept / reached at depth 1·2·… of the draft. "
         "Speedup: decode time a token, paired by prompt, geometric mean; bold against the faster baseline. "
-        f"Intervals: {level} BCa over prompts. "
+        f"Intervals: {level} BCa over prompts, widened for few prompts. "
         "Lossless: answers equal to the baseline's · near tie · violation. "
         "A/A: a baseline's first repeat against its second; Student's t intervals that together hold 1 in "
         f"{100 * CONTROL_CONFIDENCE:g} % of quiet runs."
