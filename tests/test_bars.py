@@ -40,3 +40,13 @@ def test_counting_bars_are_silent_where_the_console_is(quiet):
     with counting_bars(console) as bars:
         bars.update(bars.add_task("decoding", total=3), completed=2)
     assert ("2/3" in console.file.getvalue()) is not quiet
+
+
+def test_a_pause_does_not_turn_minutes_that_are_left_into_hours():
+    now = 0.0
+    bars = Bars("", console=Console(file=io.StringIO()), auto_refresh=False, get_time=lambda: now)
+    task = bars.add_task("training", total=100)
+    for step in range(51):
+        now += 100.0 if step == 50 else 1.0  # held-out prompts are decoded in between
+        bars.advance(task)
+    assert 50 < bars.tasks[0].time_remaining < 200

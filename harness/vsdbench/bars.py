@@ -18,6 +18,8 @@ from rich.progress import (
 )
 
 _EVERY_S = 30.0
+_SPEED_OVER_S = 300.0
+"""Seconds whose mean speed the time left is told from: longer than any pause, such as decoding held-out prompts."""
 
 
 class Bars(Progress):
@@ -37,7 +39,7 @@ class Bars(Progress):
         every_s: float = _EVERY_S,
         **options: Any,  # noqa: ANN401 - of rich
     ) -> None:
-        super().__init__(*columns, console=console, **options)
+        super().__init__(*columns, console=console, speed_estimate_period=_SPEED_OVER_S, **options)
         self._every_s = every_s
         self._said = time.monotonic()
 
@@ -69,4 +71,4 @@ def counting_bars(console: Console) -> Bars:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Bars(*columns, console=console, speed_estimate_period=300, disable=console.quiet)
+    return Bars(*columns, console=console, disable=console.quiet)
