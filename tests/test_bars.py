@@ -26,6 +26,16 @@ def test_a_log_gets_a_line_whenever_it_is_time():
     assert [line.rstrip() for line in lines[:2]] == ["decoding 1 of 4", "decoding 2 of 4"]
 
 
+def test_a_line_of_a_log_is_not_cut_at_the_width_of_a_terminal():
+    console = Console(file=io.StringIO(), width=80)
+    with counting_bars(console) as bars:
+        bars._every_s = 0
+        bars.update(bars.add_task("eagle3-kl-hour-wide, greedy, mtbench/120", total=1120), completed=1029)
+    (line,) = console.file.getvalue().splitlines()[:1]
+    assert "1029/1120" in line
+    assert "left -:--:--" in line
+
+
 def test_a_log_gets_no_more_lines_than_that():
     assert "1 of 4" not in shown(terminal=False, every_s=60)
 

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 _EVERY_S = 30.0
+_LOG_WIDTH = 120  # a log has no width, and 80 columns cut off what is left
 _SPEED_OVER_S = 300.0
 """Seconds whose mean speed the time left is told from: longer than any pause, such as decoding held-out prompts."""
 
@@ -55,10 +56,12 @@ class Bars(Progress):
 
     def _say(self, task_id: TaskID) -> None:
         now = time.monotonic()
-        if self.disable or self.console.is_terminal or now - self._said < self._every_s:
+        console = self.console
+        if self.disable or console.quiet or console.is_terminal or now - self._said < self._every_s:
             return
         self._said = now
-        self.console.print(self.make_tasks_table([self._tasks[task_id]]))
+        log = Console(file=console.file, width=max(_LOG_WIDTH, console.width), no_color=console.no_color)
+        log.print(self.make_tasks_table([self._tasks[task_id]]))
 
 
 def counting_bars(console: Console) -> Bars:
