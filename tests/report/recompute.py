@@ -2,91 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import re
 from collections import defaultdict
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
-import yaml
 from scipy import optimize, stats
+from tests.report.recorded import (
+    ABLATIONS,
+    answers,
+    arms,
+    baselines,
+    by_seed,
+    changed_arms,
+    chosen,
+    control_arms,
+    drafters,
+    methods,
+    reference,
+    temperatures,
+)
 
-ROOT = Path(__file__).parents[2]
-RUNS = {
-    "quickstart": "quickstart-cpu-2026-11-24",
-    "mtbench-hour": "mtbench-hour-cpu-2026-11-25",
-    "ablation-hour": "ablation-hour-cpu-2026-11-25",
-}
-CONTESTS = ("quickstart", "mtbench-hour")
-ABLATION = "ablation-hour"
 NUM_RESAMPLES = 9999
 """Of every interval, drawn by ``default_rng(0)``: the README says so."""
 TAILS = np.array([0.025, 0.975])
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def folder(name):
-    return ROOT / "results/reference" / RUNS[name]
-
-
-@cache
-def answers(name):
-    return [json.loads(line) for line in (folder(name) / "records.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-@cache
-def manifest(name):
-    return json.loads((folder(name) / "manifest.json").read_text(encoding="utf-8"))
-
-
-@cache
-def config(name):
-    return yaml.safe_load((folder(name) / "config.yaml").read_text(encoding="utf-8"))
-
-
-@cache
-def source(name):
-    """The text that the PDF is set from, with plain spaces."""
-    text = (ROOT / "reports/reference" / name / "report.typ").read_text(encoding="utf-8")
-    return text.replace("\u00a0", " ")
-
-
-def table(name, of):
-    text = (ROOT / "reports/reference" / name / "tables" / f"{of}.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
-
-def tables(name):
-    return {path.stem for path in (ROOT / "reports/reference" / name / "tables").glob("*.csv")}
-
-
-def drafters(name):
-    return [method["name"] for method in manifest(name)["methods"] if method["kind"] == "drafter"]
-
-
-def baselines(name):
-    return [method["name"] for method in manifest(name)["methods"] if method["kind"] == "baseline"]
-
-
-def temperatures(name):
-    return sorted({a["temperature"] for a in answers(name)})
-
-
-def chosen(name, method, temperature, category=None):
-    """The answers of a method, or of all seeds of an arm."""
-    found = [
-        a for a in answers(name)
-        if method in {a["method"], a["method"].partition("@")[0]} and a["temperature"] == float(temperature)
-        and category in {None, "all", a["category"]}
-    ]  # fmt: skip
-    assert found
-    return found
+MAX_ARMS = 8
+"""Lines of a figure."""
 
 
 # --- values --------------------------------------------------------------------------------------------------------
@@ -131,21 +73,22 @@ def faster_baseline(name, temperature):
     return max(baselines(name), key=lambda method: tokens_per_s(chosen(name, method, temperature)))
 
 
-def shown_arms():
-    """Those that the figures of the ablation have room for: the reference, the controls, the largest changes of tau."""
-    names = [arm["name"] for arm in manifest(ABLATION)["ablation"]["arms"]]
-    control = ["continual-kl", "onpolicy-rkl", "warm-start"]
-    rest = [name for name in names if name not in {"vsd", *control}]
-    size = {name: abs(tau(chosen(ABLATION, name, 0)) / tau(chosen(ABLATION, "vsd", 0)) - 1) for name in rest}
-    shown = {"vsd", *control, *sorted(rest, key=lambda name: -size[name])[:4]}
-    return [name for name in names if name in shown]
+def shown(name):
+    """What figures draw: every drafter; of an ablation the reference, the controls and the largest changes of tau."""
+    if name not in ABLATIONS:
+        return drafters(name)
+    first = temperatures(name)[0]
+    size = {arm: abs(against_reference(name, arm, first, "tau").change_pct) for arm in changed_arms(name)}
+    drawn = {reference(name), *control_arms(name)}
+    drawn |= set(sorted(size, key=lambda arm: -size[arm])[: MAX_ARMS - len(drawn)])
+    return [arm for arm in arms(name) if arm in drawn]
 
 
 # --- intervals over prompts ----------------------------------------------------------------------------------------
 
 
 def bca(statistic, *samples):
-    """Ends of Efron's BCa interval; two units have none, so theirs is the percentile interval.
+    """Ends of Efron's BCa interval; of two units, or without any spread, it is the percentile interval.
 
     Args:
         statistic: Of arrays, over their last axis.
@@ -154,11 +97,8 @@ def bca(statistic, *samples):
     columns = np.array(samples, dtype=float)
     n = columns.shape[1]
     drawn = statistic(*columns[:, resamples(n)])
-    if n < 3:
-        return np.quantile(drawn, TAILS)
-    bias = z0(drawn, statistic(*columns))
     left_out = np.array([statistic(*np.delete(columns, unit, axis=1)) for unit in range(n)])
-    return np.quantile(drawn, bent(TAILS, bias, acceleration(left_out)))
+    return np.quantile(drawn, bent(TAILS, *correction(drawn, statistic(*columns), left_out)))
 
 
 @cache
@@ -167,15 +107,24 @@ def resamples(n):
     return np.random.default_rng(0).integers(n, size=(NUM_RESAMPLES, n))
 
 
-def z0(drawn, value):
-    """BCa's bias: how much of the bootstrap lies below the value, equal ones (but for rounding) as halves."""
+@cache
+def times_drawn(n):
+    """How often each unit is in every resample, ``[R, n]``."""
+    return np.array([np.bincount(row, minlength=n) for row in resamples(n)], dtype=float)
+
+
+def correction(drawn, value, left_out):
+    """BCa's bias and acceleration; two zeros, which bend nothing, where either has no value.
+
+    The bias is how much of the bootstrap lies below the value, equal ones (but for rounding) as halves.
+    """
     equal = np.isclose(drawn, value, rtol=1e-12, atol=1e-12)
-    return stats.norm.ppf(np.mean((drawn < value) & ~equal) + np.mean(equal) / 2)
-
-
-def acceleration(left_out):
+    below = np.mean((drawn < value) & ~equal) + np.mean(equal) / 2
     deviations = left_out.mean() - left_out
-    return (deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5)
+    squares = (deviations**2).sum()
+    if len(left_out) < 3 or squares == 0 or below in {0, 1}:
+        return 0.0, 0.0
+    return stats.norm.ppf(below), (deviations**3).sum() / (6 * squares**1.5)
 
 
 def bent(tails, bias, a):
@@ -217,12 +166,10 @@ class Difference:
 
     def __init__(self, of, num_prompts):
         n = self.n = num_prompts
-        weights = np.array([np.bincount(row, minlength=n) for row in resamples(n)], dtype=float)
-        by_seed, drawn = of(weights)
+        by_seed, drawn = of(times_drawn(n))
         seeds, value = of(np.ones((1, n)))
         self.value, self.drawn = value[0], drawn
-        self.bias = z0(drawn, self.value)
-        self.a = acceleration(of(1 - np.eye(n))[1])
+        self.correction = correction(drawn, self.value, of(1 - np.eye(n))[1])
         self.num_seeds = seeds.shape[1]
         self.seed_error = 0.0
         if self.num_seeds > 1:
@@ -232,7 +179,7 @@ class Difference:
 
     def interval(self, alpha):
         tails = np.array([alpha / 2, 1 - alpha / 2])
-        low, high = np.quantile(self.drawn, bent(tails, self.bias, self.a))
+        low, high = np.quantile(self.drawn, bent(tails, *self.correction))
         wider = few_units(self.n, alpha)
         seeds = self.seed_error * stats.t.ppf(1 - alpha / 2, self.num_seeds - 1) if self.num_seeds > 1 else 0.0
         below, above = max(0.0, self.value - low), max(0.0, high - self.value)
@@ -246,9 +193,11 @@ class Difference:
     def ci_pct(self):
         return tuple(100 * math.expm1(end) for end in self.interval(0.05))
 
-    @property
+    @cached_property
     def p(self):
         """The level at which an end touches 0: no less than 9,999 resamples can tell, 1 if every interval holds 0."""
+        if self.value == 0:
+            return 1.0
         side = 0 if self.value > 0 else 1
         least, most = 2 / (NUM_RESAMPLES + 1), 1 - 1e-9
         if self.interval(least)[side] * self.value > 0:
@@ -264,8 +213,9 @@ class Difference:
 
 def tau_difference(ours, theirs):
     """Of answers a seed each, all of the same prompts."""
-    prompts = sorted(counts(ours[0]))
-    sides = [np.array([[counts(of)[p] for of in side] for p in prompts]) for side in (ours, theirs)]  # [P, S, 2]
+    sides = [[counts(of) for of in side] for side in (ours, theirs)]
+    prompts = sorted(sides[0][0])
+    sides = [np.array([[of[p] for of in side] for p in prompts]) for side in sides]  # [P, S, 2]
 
     def log_tau(weights, side, together):
         sums = np.einsum("rp,psk->rsk", weights, side)
@@ -301,10 +251,20 @@ def holm(p_values):
     return adjusted
 
 
-def by_seed(arm):
-    """The answers of an arm and of the reference, one entry a training seed; the warm start meets every seed."""
-    ours = [arm if arm == "warm-start" else f"{arm}@{seed}" for seed in (0, 1, 2)]
-    return [[chosen(ABLATION, method, 0) for method in side] for side in (ours, [f"vsd@{seed}" for seed in (0, 1, 2)])]
+@cache
+def against_reference(name, arm, temperature, measure):
+    """By how much an arm differs from the reference of its ablation."""
+    return (tau_difference if measure == "tau" else speed_difference)(*by_seed(name, arm, temperature))
+
+
+@cache
+def adjusted(name, temperature, measure):
+    """Holm's p-values by arm: of those in which a part is changed and, by themselves, of the controls."""
+    return {
+        arm: p
+        for group in (changed_arms(name), control_arms(name))
+        for arm, p in zip(group, holm([against_reference(name, a, temperature, measure).p for a in group]), strict=True)
+    }
 
 
 @cache
@@ -324,7 +284,7 @@ def lead(name, temperature, measure):
 
 def detectable_pct(name, temperature):
     """The smallest difference in speed and in tau between trained drafters that shows with 80 % power, in per cent."""
-    trained = [m["name"] for m in manifest(name)["methods"] if m["objective"] is not None]
+    trained = [method for method, told in methods(name).items() if told["objective"] is not None]
     of = [chosen(name, method, temperature) for method in trained]
     times = [{p: math.log(s) for p, s in seconds_per_token(answers_of).items()} for answers_of in of]
     parts = []
@@ -342,53 +302,17 @@ def smallest(one, other):
 
 
 def controls(name):
-    """The A/A intervals of all baselines and temperatures: together they hold 1 in 99 % of quiet runs."""
+    """By baseline its A/A intervals, a temperature each: all together they hold 1 in 99 % of quiet runs."""
     if len({a["repeat"] for a in answers(name)}) < 2:
-        return []
-    of = [chosen(name, method, temperature) for method in baselines(name) for temperature in temperatures(name)]
-    found = []
-    for answers_of in of:
-        first, second = ([a for a in answers_of if a["repeat"] == repeat] for repeat in (0, 1))
-        values = list(log_ratios(first, second).values())
-        half = stats.t.ppf(1 - 0.01 / len(of) / 2, len(values) - 1) * stats.sem(values)
-        found.append((math.exp(np.mean(values) - half), math.exp(np.mean(values) + half)))
-    return found
+        return {}
+    share = 0.01 / len(baselines(name)) / len(temperatures(name))
+    return {b: [same_twice(chosen(name, b, temperature), share) for temperature in temperatures(name)]
+            for b in baselines(name)}  # fmt: skip
 
 
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-def printed_rows(name):
-    """By table: its rows as they are set, a cell being its text, both ends of its interval, and whether it is bold."""
-    tables = re.findall(
-        r'#data-table\(\n  key: "([a-z0-9-]+)".*?\n  rows: \(\n(.*?)  \),\n\)', source(name), flags=re.DOTALL
-    )
-    cell = re.compile(r'cell\("((?:[^"\\]|\\.)*)"(?:, ends: \("([^"]*)", "([^"]*)"\))?(, bold: true)?')
-    return {key: [cell.findall(line) for line in rows.splitlines()] for key, rows in tables}
-
-
-def prose(name):
-    """All text but the rows of tables, commands and sources; what it refers to is left out."""
-    text = re.sub(r"\n  header: .*?\n\)", "", source(name), flags=re.DOTALL)
-    text = re.sub(r"#(commands|references)\(.*", "", text)
-    text = re.sub(r'(ref\(label|read|key: )\(?"[^"]*"', "", text)
-    return "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text.partition("#show")[2]))
-
-
-def number(text):
-    """The number of a printed cell."""
-    return float(text.translate({0x2212: "-", 0x202F: None, ord("+"): None}))
-
-
-def fixed(value, digits):
-    text = f"{value:.{digits}f}"
-    return (text.lstrip("-") if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
-
-
-def signed(value):
-    """A change, one decimal."""
-    return ("+" if value >= 0.05 else "") + fixed(value, 1)
-
-
-def listed(items):
-    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+def same_twice(of, alpha):
+    """The interval of the first repeat's speed over the second's."""
+    first, second = ([a for a in of if a["repeat"] == repeat] for repeat in (0, 1))
+    values = list(log_ratios(first, second).values())
+    half = stats.t.ppf(1 - alpha / 2, len(values) - 1) * stats.sem(values)
+    return math.exp(np.mean(values) - half), math.exp(np.mean(values) + half)

@@ -8,30 +8,43 @@ from collections import defaultdict
 
 import pytest
 from tests.report.recompute import (
-    ABLATION,
+    against_reference,
+    faster_baseline,
+    mean_log_ratio,
+    speed_difference,
+    tau,
+    tau_difference,
+    tokens_per_s,
+)
+from tests.report.recorded import (
+    ABLATIONS,
     CONTESTS,
     RUNS,
     answers,
+    arms,
     baselines,
     by_seed,
+    categories,
     chosen,
     config,
+    control_arms,
+    diagnosed,
     drafters,
-    faster_baseline,
     folder,
     manifest,
-    mean_log_ratio,
+    methods,
+    reference,
     signed,
-    speed_difference,
     table,
     tables,
-    tau,
-    tau_difference,
     temperatures,
-    tokens_per_s,
+    trained,
 )
 
+DASH = "\N{EN DASH}"
 every_report = pytest.mark.parametrize("name", RUNS)
+contests = pytest.mark.parametrize("name", CONTESTS)
+ablations = pytest.mark.parametrize("name", ABLATIONS)
 
 
 def same(text, value):
@@ -73,7 +86,7 @@ def test_every_definition_of_tau(name):
         assert same(row["with prefill"], (sum(emitted) + len(of)) / (steps + len(of)))
 
 
-@pytest.mark.parametrize("name", CONTESTS)
+@contests
 def test_speed_and_accepted_length_by_category(name):
     for row in table(name, "tau-by-category"):
         for drafter in row.keys() & set(drafters(name)):
@@ -85,12 +98,12 @@ def test_speed_and_accepted_length_by_category(name):
             assert same(row[drafter], math.exp(mean_log_ratio(of, baseline)))
 
 
-@pytest.mark.parametrize("name", CONTESTS)
+@contests
 def test_speedups_on_new_domains(name):
     for row in table(name, "domains"):
         baseline = chosen(name, faster_baseline(name, row["T"]), row["T"])
-        categories = sorted({a["category"] for a in answers(name)})
-        means = [mean_log_ratio(chosen(name, row["drafter"], row["T"], c), baseline) for c in categories]
+        of = [chosen(name, row["drafter"], row["T"], category) for category in set(categories(name).values())]
+        means = [mean_log_ratio(of_category, baseline) for of_category in of]
         assert same(row["speedup, t"], math.exp(sum(means) / len(means)))
         assert same(row["speedup, bootstrap"], math.exp(sum(means) / len(means)))
 
@@ -101,7 +114,7 @@ def test_acceptance_time_and_losslessness(name):
         of = chosen(name, row["drafter"], row["T"])
         steps = [step for a in of for step in zip(a["steps"]["depth"], a["steps"]["num_accepted"], strict=True)]
         for column, told in row.items():
-            if column.startswith("depth") and told != "\N{EN DASH}":
+            if column.startswith("depth") and told != DASH:
                 depth = int(column.removeprefix("depth "))
                 reached = [kept for deepest, kept in steps if deepest >= depth and kept >= depth - 1]
                 assert same(told, sum(kept >= depth for kept in reached) / len(reached))
@@ -118,11 +131,14 @@ def test_acceptance_time_and_losslessness(name):
         ]  # fmt: skip
         of = chosen(name, row["drafter"], row["T"])
         gaps = sorted(abs(a["divergence"]["gap"]) for a in of if a["lossless"] == "near_tie")
-        assert same(row["median gap"], gaps[len(gaps) // 2])
-        assert same(row["largest gap"], gaps[-1])
+        if gaps:
+            assert same(row["median gap"], gaps[len(gaps) // 2])
+            assert same(row["largest gap"], gaps[-1])
+        else:
+            assert row["median gap"] == row["largest gap"] == DASH
 
 
-@pytest.mark.parametrize("name", ["mtbench-hour", "ablation-hour"])
+@pytest.mark.parametrize("name", tuple(filter(diagnosed, RUNS)))
 def test_misalignment(name):
     for row in table(name, "misalignment"):
         of = [a["diagnostics"] for a in chosen(name, row["drafter"], row["T"])]
@@ -140,35 +156,55 @@ def test_misalignment(name):
             assert same(row["greedy pruned, %"], total["num_pruned"] / total["num_steps"])
             decided = sum(sum(d["calibration"]["count"]) for d in of)
             assert same(row["Brier"], sum(d["calibration"]["brier_sum"] for d in of) / decided)
+        else:
+            assert row["greedy pruned, %"] == row["Brier"] == DASH
 
 
-@pytest.mark.parametrize("name", CONTESTS)
+@contests
 def test_what_training_cost(name):
-    training = {m["name"]: m["training"] for m in manifest(name)["methods"] if m["training"].get("tokens")}
     rows = table(name, "training")
-    assert [row["drafter"] for row in rows] == list(training)
+    assert [row["drafter"] for row in rows] == list(trained(name))
     for row in rows:
-        cost = training[row["drafter"]]
+        cost = trained(name)[row["drafter"]]
         assert (row["recipe"], int(row["tokens"])) == (cost["recipe"], cost["tokens"])
         assert int(row["seconds"]) == round(cost["seconds"])
         assert row.get("target forwards") == (str(cost["target_forwards"]) if "target_forwards" in cost else None)
 
 
-def test_every_arm_against_the_reference():
-    arms = {arm["name"]: arm for arm in manifest(ABLATION)["ablation"]["arms"]}
-    rows = table(ABLATION, "ablation")
-    assert [row["arm"] for row in rows] == list(arms)
+@ablations
+def test_every_arm_against_the_reference(name):
+    rows = table(name, "ablation")
+    assert [(float(row["T"]), row["arm"]) for row in rows] == [
+        (t, arm) for t in temperatures(name) for arm in arms(name)
+    ]
     for row in rows:
-        arm = arms[row["arm"]]
-        assert same(row["τ"], tau(chosen(ABLATION, row["arm"], row["T"])))
-        assert row["seeds"] == (str(len(arm["seeds"])) if arm["seeds"] else "\N{EN DASH}")
+        arm = arms(name)[row["arm"]]
+        of = chosen(name, row["arm"], row["T"])
+        assert same(row["τ"], tau(of))
+        assert row["seeds"] == (str(len(arm["seeds"])) if arm["seeds"] else DASH)
         budget = [round(arm["budget"][key]) for key in ("tokens", "target_forwards", "wall_s")]
         assert [int(row[column]) for column in ("tokens", "target forwards", "seconds")] == budget
-        if row["arm"] != "vsd":
-            change = tau(chosen(ABLATION, row["arm"], 0)) / tau(chosen(ABLATION, "vsd", 0)) - 1
-            assert same(row["change of τ, %"], 100 * change)
-            ratios = [mean_log_ratio(ours, theirs) for ours, theirs in zip(*by_seed(row["arm"]), strict=True)]
-            assert same(row["change of speed, %"], 100 * math.expm1(sum(ratios) / len(ratios)))
+        if row["arm"] == reference(name):
+            assert row["change of τ, %"] == row["change of speed, %"] == row["p"] == row["p "] == DASH
+            continue
+        change = tau(of) / tau(chosen(name, reference(name), row["T"])) - 1
+        assert same(row["change of τ, %"], 100 * change)
+        pairs = zip(*by_seed(name, row["arm"], row["T"]), strict=True)
+        ratios = [mean_log_ratio(ours, theirs) for ours, theirs in pairs]
+        assert same(row["change of speed, %"], 100 * math.expm1(sum(ratios) / len(ratios)))
+
+
+@ablations
+def test_what_is_off_or_changed_in_an_arm(name):
+    for row in table(name, "ablation"):
+        arm = arms(name)[row["arm"]]
+        objective = arm["change"].get("objective")
+        nothing = "control" if arm["control"] else DASH
+        if arm["disabled"] or objective or not arm["change"]:
+            told = f"objective {objective['type']}" if objective else nothing
+            assert row["off or changed"] == (", ".join(arm["disabled"]) or told)
+        else:
+            assert all(str(value) in row["off or changed"] for value in arm["change"].values())
 
 
 @every_report
@@ -192,25 +228,25 @@ def test_what_was_measured_on_what(name):
         "records": f"{len(answers(name))}, sha256 {hashlib.sha256(text).hexdigest()[:16]}",
     }
     if m["machine"]["git"]:
-        expected["commit"] = m["machine"]["git"]["commit"][:12]
+        dirty = " with changes" if m["machine"]["git"]["dirty"] else ""
+        expected["commit"] = m["machine"]["git"]["commit"][:12] + dirty
     assert {row["setting"]: row["value"] for row in table(name, "setup")} == expected
 
 
 @every_report
 def test_what_drafted(name):
-    methods = {method["name"]: method for method in manifest(name)["methods"]}
     types = {drafter["name"]: drafter["type"] for drafter in config(name)["drafters"]}
     rows = table(name, "drafters")
     assert [row["drafter"] for row in rows] == drafters(name)
     for row in rows:
-        method, tree = methods[row["drafter"]], chosen(name, row["drafter"], 0)[0]["tree"]
+        method, tree = methods(name)[row["drafter"]], chosen(name, row["drafter"], 0)[0]["tree"]
         assert row["type"] == types[row["drafter"]]
-        assert row["objective"] == (method["objective"] or "\N{EN DASH}")
+        assert row["objective"] == (method["objective"] or DASH)
         assert row["tree"] == f"{tree['kind']} {tree['budget']}/{tree['depth']}/{tree['top_k']}"
-        assert row["recipe"] == method["training"].get("recipe", "\N{EN DASH}")
+        assert row["recipe"] == method["training"].get("recipe", DASH)
 
 
-@pytest.mark.parametrize("name", CONTESTS)
+@contests
 def test_our_figures_beside_published_ones(name):
     """The rows of others are citations, which no record can tell."""
     ours = [row for row in table(name, "published") if row["source"].startswith("ours")]
@@ -220,11 +256,11 @@ def test_our_figures_beside_published_ones(name):
     assert ours[0]["source"] == f"ours: {best}"
     assert same(ours[0]["τ"], tau(chosen(name, best, 0)))
     assert ours[0]["speedup"] == f"{speedups[best]:.2f}\N{MULTIPLICATION SIGN}"
-    objectives = {method["name"]: method["objective"] for method in manifest(name)["methods"]}
-    kl = next(drafter for drafter in drafters(name) if objectives[drafter] == "kl")
-    trained = [drafter for drafter in drafters(name) if objectives[drafter] == "vsd"]
-    assert [row["source"] for row in ours[1:]] == [f"ours: {drafter} against {kl}" for drafter in trained]
-    for row, drafter in zip(ours[1:], trained, strict=True):
+    with_objective = {which: [d for d in drafters(name) if methods(name)[d]["objective"] == which]
+                      for which in ("kl", "vsd")}  # fmt: skip
+    kl = with_objective["kl"][0]
+    assert [row["source"] for row in ours[1:]] == [f"ours: {drafter} against {kl}" for drafter in with_objective["vsd"]]
+    for row, drafter in zip(ours[1:], with_objective["vsd"], strict=True):
         sides = [chosen(name, drafter, 0)], [chosen(name, kl, 0)]
         for column, difference in (("τ", tau_difference(*sides)), ("speedup", speed_difference(*sides))):
             assert same(row[column], difference.change_pct)
@@ -232,20 +268,36 @@ def test_our_figures_beside_published_ones(name):
             assert same(row[f"{column} high"], difference.ci_pct[1])
 
 
-def test_the_ablation_beside_published_figures():
-    ours = [row for row in table(ABLATION, "published") if row["source"].startswith("ours")]
-    assert [row["source"].rpartition(" ")[2] for row in ours] == ["continual-kl", "onpolicy-rkl", "warm-start"]
-    for row in ours:
-        arm = row["source"].rpartition(" ")[2]
-        sides = by_seed(arm)
-        for column, difference in (("τ", tau_difference(*sides)), ("speedup", speed_difference(*sides))):
+@ablations
+def test_the_ablation_beside_published_figures(name):
+    ours = [row for row in table(name, "published") if row["source"].startswith("ours")]
+    assert [row["source"] for row in ours] == [f"ours: {reference(name)} against {arm}" for arm in control_arms(name)]
+    for row, arm in zip(ours, control_arms(name), strict=True):
+        for column, measure in (("τ", "tau"), ("speedup", "speed")):
+            difference = against_reference(name, arm, 0, measure)
             assert row[column] == f"{signed(100 * math.expm1(-difference.value))} %"
 
 
 @every_report
 def test_no_table_is_left_out(name):
     """Every table that a report has is recomputed here or, its intervals and p-values, in the file beside."""
-    everywhere = {"acceptance", "drafters", "lossless", "main", "published", "setup", "tau-definitions", "time"}
-    contest = {"domains", "speedup-by-category", "tau-by-category", "training"}
-    more = {"quickstart": contest, "mtbench-hour": {*contest, "misalignment"}, ABLATION: {"ablation", "misalignment"}}
-    assert tables(name) == everywhere | more[name]
+    expected = {"acceptance", "drafters", "lossless", "main", "published", "setup", "tau-definitions", "time"}
+    expected |= {"misalignment"} if diagnosed(name) else set()
+    if name in ABLATIONS:
+        expected |= {"ablation"}
+    else:
+        expected |= {"domains", "speedup-by-category", "tau-by-category", "training"}
+    assert tables(name) == expected
+
+
+@every_report
+def test_no_row_is_left_out(name):
+    """Drafters, or the arms of an ablation, and categories with all prompts last, at every temperature."""
+    rows = {
+        "drafter": arms(name) if name in ABLATIONS else drafters(name),
+        "category": [*dict.fromkeys(sorted(categories(name).values())), "all"],
+    }
+    for of in tables(name) - {"main", "ablation", "drafters", "training", "setup", "published"}:
+        identity = next(iter(table(name, of)[0]))
+        expected = [(row, temperature) for temperature in temperatures(name) for row in rows[identity]]
+        assert [(row[identity], float(row["T"])) for row in table(name, of)] == expected

@@ -12,32 +12,42 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 from tests.report.recompute import (
-    ABLATION,
+    adjusted,
+    against_reference,
+    faster_baseline,
+    mean_log_ratio,
+    shown,
+    speedup_interval,
+    tau,
+    tau_interval,
+    tokens_per_s,
+)
+from tests.report.recorded import (
+    ABLATIONS,
     CONTESTS,
     ROOT,
     RUNS,
-    answers,
-    by_seed,
+    categories,
+    changed_arms,
     chosen,
+    control_arms,
+    diagnosed,
     drafters,
-    faster_baseline,
-    mean_log_ratio,
+    figures,
     number,
-    shown_arms,
-    speed_difference,
-    speedup_interval,
     table,
-    tau,
-    tau_difference,
-    tau_interval,
     temperatures,
-    tokens_per_s,
+    titles,
+    trees,
 )
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
 every_report = pytest.mark.parametrize("name", RUNS)
+contests = pytest.mark.parametrize("name", CONTESTS)
 TICK = r'<use [^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>.*?<!-- (\S+) -->'
-MARK = re.compile(r'<use [^>]* x="([\d.]+)" y="([\d.]+)" style="(?:fill: (#\w+); )?stroke: (#\w+)')
+MARK = re.compile(r'<use xlink:href="#(\w+)" x="([\d.]+)" y="([\d.]+)" style="(?:fill: (#\w+); )?stroke: (#\w+)')
+CAP = re.compile(r'<path id="(\w+)" d="M \S+ \S+ \s*L \S+ \S+\s*"')
+"""The end of an interval is a line."""
 
 
 def svg(name, figure):
@@ -49,7 +59,11 @@ def labels(name, figure):
 
 
 def panels(name, figure):
-    """By panel: marks as (x, y) by fill and edge; x or y is None where an axis has names for ticks."""
+    """By panel: marks as (x, y) by fill and edge, ends of intervals by "end" and colour.
+
+    x or y is None where an axis has names for ticks.
+    """
+    caps = set(CAP.findall(svg(name, figure)))
     scales = {"x": None, "y": None}
     for panel in re.split(r'<g id="axes_\d+">', svg(name, figure).partition('<g id="legend_')[0])[1:]:
         ticks = defaultdict(list)
@@ -60,9 +74,10 @@ def panels(name, figure):
         for axis, known in ticks.items():
             scales[axis] = np.polyfit(*zip(*known, strict=True), deg=1)
         found = defaultdict(list)
-        for x, y, fill, edge in MARK.findall(panel):
+        for shape, x, y, fill, edge in MARK.findall(panel):
             place = [None if scales[a] is None else np.polyval(scales[a], float(v)) for a, v in (("x", x), ("y", y))]
-            found[fill or "#000000", edge].append(place)  # black is what a fill is unless it is said
+            known = "end" if shape in caps else fill or "#000000"  # black is what a fill is unless it is said
+            found[known, edge].append(place)
         yield found
 
 
@@ -70,8 +85,9 @@ def near(expected):
     return pytest.approx(np.array(expected, dtype=float), rel=1e-4, abs=1e-4)
 
 
-def shown(name):
-    return drafters(name) if name in CONTESTS else shown_arms()
+def mode_of(temperature):
+    """The name that a figure of one temperature ends with."""
+    return "greedy" if temperature == 0 else f"stochastic-t{temperature:g}".replace(".", "-")
 
 
 # --- contests and ablation -----------------------------------------------------------------------------------------
@@ -85,7 +101,7 @@ def test_accepted_length_against_cost(name):
             of = chosen(name, drafter, temperature)
             cost = tau(of) * plain / tokens_per_s(of)
             assert np.array(marks[colour, "#ffffff"]) == near([[cost, tau(of)]])
-            assert np.array(marks[colour, colour]) == near([[cost, end] for end in tau_interval(of)])
+            assert np.array(marks["end", colour]) == near([[cost, end] for end in tau_interval(of)])
 
 
 @every_report
@@ -93,17 +109,19 @@ def test_acceptance_by_depth(name):
     rates = {(row["drafter"], float(row["T"])): row for row in table(name, "acceptance")}
     for temperature, marks in zip(temperatures(name), panels(name, "acceptance"), strict=True):
         for drafter, colour in zip(shown(name), COLOURS, strict=False):
-            row = [rates[drafter, temperature][f"depth {depth}"] for depth in (1, 2, 3)]
+            row = [rate for column, rate in rates[drafter, temperature].items() if column.startswith("depth")]
             points = [[depth, float(rate)] for depth, rate in enumerate(row, start=1) if rate != "\N{EN DASH}"]
             assert np.array(marks[colour, "#ffffff"]) == near(points)
 
 
-@pytest.mark.parametrize("name", ["mtbench-hour", ABLATION])
+@pytest.mark.parametrize("name", tuple(filter(diagnosed, RUNS)))
 def test_calibration(name):
     [marks] = panels(name, "calibration")
-    calibrated = [drafter for drafter in shown(name) if chosen(name, drafter, 0)[0]["diagnostics"]["calibration"]]
+    of = {drafter: chosen(name, drafter, temperatures(name)[0]) for drafter in shown(name)}
+    calibrated = [drafter for drafter in shown(name) if of[drafter][0]["diagnostics"]["calibration"]]
+    assert calibrated
     for drafter in calibrated:
-        bins = [a["diagnostics"]["calibration"] for a in chosen(name, drafter, 0)]
+        bins = [a["diagnostics"]["calibration"] for a in of[drafter]]
         count, confidence, kept = (sum(np.array(b[key]) for b in bins) for key in ("count", "sum_confidence", "kept"))
         points = np.stack([confidence, kept], axis=1)[count > 0] / count[count > 0, None]
         assert np.array(marks[COLOURS[shown(name).index(drafter)], "#ffffff"]) == near(points)
@@ -124,45 +142,72 @@ def test_where_the_time_goes(name):
 # --- contests ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONTESTS)
+@contests
 def test_speedup_by_category(name):
     for temperature in temperatures(name):
         rows = [row for row in table(name, "speedup-by-category") if float(row["T"]) == temperature]
         wanted = Counter(f"{float(row[drafter]):.2f}" for row in rows for drafter in drafters(name))
-        figure = "speedup-by-category-" + ("greedy" if temperature == 0 else f"stochastic-t{temperature:g}")
+        figure = f"speedup-by-category-{mode_of(temperature)}"
         ticks = Counter(re.findall(r'<g id="ytick_\d+">.*?<!-- (\S+) -->', svg(name, figure), flags=re.DOTALL))
-        numbers = {text: n for text, n in labels(name, figure).items() if re.fullmatch(r"\d\.\d+", text)}
+        numbers = {text: n for text, n in labels(name, figure).items() if re.fullmatch(r"\d+(\.\d+)?", text)}
         assert numbers == wanted + ticks
         [marks] = panels(name, figure)
-        groups = ["all", *sorted({a["category"] for a in answers(name)})]
+        groups = ["all", *sorted(set(categories(name).values()))]
         ends = [[row[f"{d} low"], row[f"{d} high"]] for d in drafters(name) for c in groups for row in rows
                 if row["category"] == c]  # fmt: skip
-        assert np.array([y for _, y in marks["#1a1a1a", "#1a1a1a"]]) == near(np.ravel(ends).astype(float))
+        assert np.array([y for _, y in marks["end", "#1a1a1a"]]) == near(np.ravel(ends).astype(float))
 
 
-def test_tree_budget():
-    name = "mtbench-hour"
-    sizes = {"eagle3-kl-hour-auto": 4, "eagle3-kl-hour": 7, "eagle3-kl-hour-wide": 11}
-    colour = COLOURS[drafters(name).index("eagle3-kl-hour-auto")]
-    plain = chosen(name, faster_baseline(name, 0), 0)
-    of_tau, of_speed = panels(name, "budget")
-    of = {size: chosen(name, drafter, 0) for drafter, size in sizes.items()}
-    speedups = [[size, np.exp(mean_log_ratio(a, plain))] for size, a in of.items()]
-    assert np.array(of_tau[colour, "#ffffff"]) == near([[size, tau(a)] for size, a in of.items()])
-    assert np.array(of_speed[colour, "#ffffff"]) == near(speedups)
-    for marks, interval in ((of_tau, tau_interval), (of_speed, lambda a: speedup_interval(a, plain))):
-        ends = {size: interval(a) for size, a in of.items()}
-        assert np.array(marks[colour, colour]) == near([[size, ends[size][end]] for end in (0, 1) for size in ends])
+@contests
+def test_tree_budget(name):
+    """One drafter with trees of several sizes, where a run has that."""
+    assert ("budget" in figures(name)) == bool(trees(name))
+    of_tau, of_speed = panels(name, "budget") if trees(name) else ({}, {})
+    plain = chosen(name, faster_baseline(name, temperatures(name)[0]), temperatures(name)[0])
+    for members in trees(name).values():
+        sizes = [size for size, _ in members]
+        of = [chosen(name, drafter, temperatures(name)[0]) for _, drafter in members]
+        colour = COLOURS[drafters(name).index(members[0][1])]
+        values = [[tau(a) for a in of], [np.exp(mean_log_ratio(a, plain)) for a in of]]
+        intervals = [[tau_interval(a) for a in of], [speedup_interval(a, plain) for a in of]]
+        for marks, value, ends in zip((of_tau, of_speed), values, intervals, strict=True):
+            assert np.array(marks[colour, "#ffffff"]) == near(list(zip(sizes, value, strict=True)))
+            both = [[size, end[side]] for side in (0, 1) for size, end in zip(sizes, ends, strict=True)]
+            assert np.array(marks["end", colour]) == near(both)
 
 
 # --- ablation ------------------------------------------------------------------------------------------------------
 
 
-def test_forest():
-    arms = [row["arm"] for row in table(ABLATION, "ablation")][1:]
-    control = ["continual-kl", "onpolicy-rkl", "warm-start"]
-    for marks, difference in zip(panels(ABLATION, "forest"), (tau_difference, speed_difference), strict=True):
-        for group, colour in ([[a for a in arms if a not in control], COLOURS[0]], [control, COLOURS[7]]):
-            found = [difference(*by_seed(arm)) for arm in group]
-            assert np.array([x for x, _ in marks["#ffffff", colour]]) == near([of.change_pct for of in found])
-            assert np.array([x for x, _ in marks[colour, colour]]) == near(np.ravel([of.ci_pct for of in found]))
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_forest(name):
+    """An arm is filled where its adjusted p is below 0.05."""
+    for index, temperature in enumerate(temperatures(name)):
+        figure = f"forest-{index + 1}" if index else "forest"
+        for marks, measure in zip(panels(name, figure), ("tau", "speed"), strict=True):
+            for group, colour in ((changed_arms(name), COLOURS[0]), (control_arms(name), COLOURS[7])):
+                of = {arm: against_reference(name, arm, temperature, measure) for arm in group}
+                sure = [arm for arm in group if adjusted(name, temperature, measure)[arm] < 0.05]
+                for fill, drawn in ((colour, sure), ("#ffffff", [arm for arm in group if arm not in sure])):
+                    assert np.array([x for x, _ in marks[fill, colour]]) == near([of[arm].change_pct for arm in drawn])
+                ends = np.ravel([of[arm].ci_pct for arm in group])
+                assert np.array([x for x, _ in marks["end", colour]]) == near(ends)
+
+
+@every_report
+def test_no_figure_is_left_out(name):
+    """Every figure with numbers is read back above."""
+    expected = {"acceptance", "pareto", "time"} | ({"calibration"} if diagnosed(name) else set())
+    if name in ABLATIONS:
+        expected |= {"forest", *(f"forest-{index + 1}" for index in range(1, len(temperatures(name))))}
+    else:
+        expected |= {f"speedup-by-category-{mode_of(temperature)}" for temperature in temperatures(name)}
+        expected |= {"budget"} if trees(name) else set()
+    assert figures(name) == expected
+
+
+@every_report
+def test_titles_name_their_temperature(name):
+    of = "forest" if name in ABLATIONS else "speedup-by-category"
+    drawn = [title for figure, title in titles(name).items() if figure.startswith(of)]
+    assert [re.findall(r"T = ([\d.]+)", title) for title in drawn] == [[f"{t:g}"] for t in temperatures(name)]
