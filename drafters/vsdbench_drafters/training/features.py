@@ -139,7 +139,7 @@ def _run_texts(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[
     with target.as_shipped() as model:
         output = model.get_decoder()(input_ids=tokens.to(target.device), use_cache=keys)
     states = torch.cat([*target.entered(), output.last_hidden_state], dim=-1)
-    layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers] if keys else []
+    layers = [(layer.keys, layer.values) for layer in output.cache.layers] if keys else []
     found = []
     for row, ids in enumerate(sequences):
         own = [torch.stack([part[row, :, : len(ids)] for part in pair]) for pair in layers]
