@@ -28,7 +28,7 @@ from vsdbench.suites.sources import HubSource, WheelSource
 ROWS = [{"text": f"Question {n}?", "kind": "ab"[n % 2], "key": f"k{n}", "extra": f"e{n}"} for n in range(6)]
 FIELDS = {"prompt": "text", "category": "kind", "id": "key"}
 SHIPPED = Path(__file__).parents[2] / "suites"
-EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "grounded": 80, "quickstart": 10, "smoke": 6}
+EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "grounded": 80, "quickstart": 9, "smoke": 6}
 ON_THE_HUB = {"alpaca", "cnndm", "nq", "math500", "mbpp"}
 MakeSuite = Callable[..., Path]
 
