@@ -224,6 +224,34 @@ def test_another_seed_trains_what_is_new(bench, finished, trained):
     assert (arms["no-car"]["seeds"], arms["warm-start"]["seeds"]) == ([0, 1], [])
 
 
+def test_a_contest_of_objectives_is_one_command(bench, finished, trained):
+    """Its drafters are those of ``vsdbench train CONTEST:ARM``, and of an ablation from the same start."""
+    raw = {key: value for key, value in yaml.safe_load(bench.recipe.read_text()).items() if key != "objective"}
+    policy = {"type": "onpolicy", "options": RECIPE["objective"]["options"] | {"divergence": "rkl"}}
+    raw |= {"name": "toy", "objective": WARM["objective"]} | {
+        "arms": {"kl": {}, "ce": {"objective": {"type": "ce"}}, "onpolicy-rkl": {"objective": policy},
+                 "vsd": {"objective": RECIPE["objective"]}},
+    }  # fmt: skip
+    contest = bench.folder / "contest.yaml"
+    contest.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    words = ["train", f"{contest}:ce@0", "--device", "cpu", "--dtype", "fp32", "--quiet"]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert trained == ["toy:ce@0"]
+    result = bench.ablate("--arms", "--no-car", "--limit", "2", "--json", recipe=str(contest))
+    assert result.code == 0, result.err
+    assert trained == ["toy:ce@0"]
+    names = ["vsd", "kl", "ce", "onpolicy-rkl", "no-car", "warm-start"]
+    told = json.loads(result.out)
+    assert [(arm["name"], arm["control"]) for arm in told["arms"]] == [(name, name == names[-1]) for name in names]
+    assert told["arms"][2]["change"]["objective"]["type"] == "ce"
+    assert told["arms"][2]["delta_speedup_ci"] is not None
+    assert "The control 'continual-kl' is the arm 'kl', so it runs once, as that." in result.said
+    shown = bench.ablate("--arm", "ce", "--dry-run", recipe=str(contest)).out
+    assert all(words in shown for words in ("objective ce", "in the cache", "continual-kl"))
+    unknown = bench.ablate("--arm", "cee", recipe=str(contest))
+    assert (unknown.code, unknown.out, "has no arm 'cee'. Did you mean 'ce'" in unknown.said) == (2, "", True)
+
+
 def test_a_killed_training_and_a_killed_run_go_on(bench, finished, trained, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from tests.conftest import make_record
 
-from vsdbench.report.effects import findings
+from vsdbench.report.document import build
+from vsdbench.report.effects import cost_words, findings
+from vsdbench.report.facts import load_run
 from vsdbench.report.paper import write_report
 
 TRUTH = {"vsd": 2.4, "no-car": 1.7, "no-arw": 2.4, "continual-kl": 2.0}
@@ -136,18 +138,92 @@ def test_misalignment_is_that_of_all_seeds_together(report):
 
 
 def arm(name, change, p, **fields):
-    return {"name": name, "delta_tau_pct": change, "delta_tau_ci": [change - 1, change + 1], "p_tau_holm": p} | fields
+    found = {"name": name, "disabled": [], "change": {}, "control": False, "seeds": [0, 1]}
+    for measure, value in (("tau", change), ("speedup", change / 2)):
+        found |= {f"delta_{measure}_pct": value, f"delta_{measure}_ci": [value - 1, value + 1], f"p_{measure}_holm": p}
+    return found | fields
 
 
 def test_findings_say_what_is_established_and_what_is_not():
     arms = [
         {"name": "vsd", "delta_tau_pct": None, "p_tau_holm": None},
-        arm("no-car", -3.0, 0.01), arm("no-kl", 2.0, 0.02), arm("no-arw", 0.5, 0.8), arm("kl", -1.0, 0.2, control=True),
+        arm("no-car", -3.0, 0.01, disabled=["car"]), arm("no-kl", 2.0, 0.02, disabled=["kl"]),
+        arm("no-arw", 0.5, 0.8, disabled=["arw"]), arm("kl", -1.0, 0.2, control=True),
     ]  # fmt: skip
     said = " ".join(findings({"reference": "vsd", "arms": arms, "equal_tokens": False}))
     assert "pays, in `no-car` by \N{MINUS SIGN}3.0 % (\N{MINUS SIGN}4.0 to \N{MINUS SIGN}2.0)" in said
     assert "τ is higher in `no-kl` by 2.0 % (1.0 to 3.0)" in said
     assert "No change of τ is established for `no-arw`." in said
-    assert "controls differ: `kl` by" in said
+    assert "control differs: `kl` by" in said
     assert "of which `kl` is not established" in said
     assert "not trained on equally many tokens" in said
+
+
+def contest(*arms):
+    """The analysis of a contest: its arms have other objectives, and ``seconds`` a seed."""
+    vsd = {"name": "vsd", "disabled": [], "change": {}, "control": False, "seeds": [0, 1], "delta_tau_pct": None,
+           "delta_speedup_pct": None}  # fmt: skip
+    warm = arm("warm-start", -2.0, 0.001, control=True, seeds=[])
+    arms = [
+        one | {"budget": {"wall_s": seconds}}
+        for one, seconds in zip((vsd, *arms, warm), (80, 30, 40, 140), strict=False)
+    ]
+    modes = [
+        {"mode": "greedy", "temperature": 0.0, "arms": arms},
+        {"mode": "stochastic", "temperature": 1.0, "arms": arms},
+    ]
+    return {"reference": "vsd", "arms": arms, "modes": modes, "equal_tokens": True}
+
+
+def objective(name):
+    return {"change": {"objective": {"type": name, "options": {}}}}
+
+
+def test_objectives_are_said_to_be_ahead_or_behind_and_never_to_be_parts():
+    m = "\N{MINUS SIGN}"
+    arms = (arm("tvd", 3.0, 0.01, **objective("tvd")), arm("ce", -4.0, 0.02, **objective("ce")),
+            arm("vsd-full", 0.5, 0.8, change={"objective.options.targets": "full"}))  # fmt: skip
+    said = findings(contest(*arms))
+    assert said[0] == (
+        f"In decoding speed at T = 0, ahead of `vsd` is `tvd` by 1.5 % (0.5 to 2.5); behind `vsd` is `ce` by {m}2.0 % "
+        f"({m}3.0 to {m}1.0); not established after Holm's adjustment is `vsd-full` by 0.2 % ({m}0.8 to 1.2)."
+    )
+    assert said[1].startswith("In τ at T = 0, ahead of `vsd` is `tvd` by 3.0 % (2.0 to 4.0); behind")
+    assert [words.startswith(f"In {what} at T = 1") for words, what in zip(said[2:], ("decoding", "τ"), strict=False)]
+    assert "pays" not in " ".join(said)
+    assert "No change" not in " ".join(said)
+    assert said[-1] == f"Against `vsd`, the control differs: `warm-start` by {m}2.0 % ({m}3.0 to {m}1.0)."
+
+
+def test_nothing_established_and_parts_beside_objectives():
+    said = " ".join(
+        findings(contest(arm("kl", 1.0, 0.3, **objective("kl")), arm("no-car", 2.0, 0.01, disabled=["car"])))
+    )
+    unsure = "not established after Holm's adjustment is any difference from `vsd`: `kl` by 1.0 % (0.0 to 2.0)."
+    assert f"In τ at T = 0, {unsure}" in said
+    assert "τ is higher in `no-car` by 2.0 %" in said
+    assert said.count("`no-car`") == 1
+
+
+def test_the_least_and_the_most_that_training_took():
+    both = arm("kl", 1.0, 0.3, **objective("kl")), arm("rkl", 1.0, 0.3, **objective("onpolicy"))
+    told = "On as many tokens, the training of one seed took from 30 s (`kl`) to 80 s (`vsd`)."
+    assert cost_words(contest(*both)) == told
+    third = arm("gto", 1.0, 0.3, **objective("gto"))
+    assert cost_words(contest(*both, third)).endswith("to 140 s (`gto`); `vsd` took 80 s.")
+    assert cost_words(contest(*both) | {"equal_tokens": False}) == ""
+
+
+def test_the_report_of_a_contest_asks_for_the_objective(store_run):
+    listed = told()
+    for one in listed["arms"][1:3]:  # the same records, as if two parts had been two objectives
+        one |= {"disabled": [], "change": {"objective": {"type": one["name"], "options": {}}}}
+    run = load_run(store_run(ablation_run(), "run-1", ablation=listed))
+    document = build([run], title=None, files="r")
+    assert document.title == "Which objective makes decoding faster? A contest on tiny"
+    assert re.search(r"In τ at T = 0, behind `vsd` is `no-car` by .* is `no-arw` by", " ".join(document.summary))
+    section = next(section for section in document.sections if section.title == "Contest of objectives")
+    assert "differs from `vsd` in the objective or the setting that is named" in section.blocks[0]
+    assert not any("part" in block for block in (*document.summary, section.blocks[0]))
+    table = next(table for table in document.tables if table.name == "ablation")
+    assert [row[1].text for row in table.rows[:3]] == ["\N{EN DASH}", "objective no-car", "objective no-arw"]

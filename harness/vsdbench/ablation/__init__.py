@@ -1,1 +1,1 @@
-"""Ablations: VSD with one part taken away at a time, against VSD whole, from one start and with one budget."""
+"""Ablations: VSD against VSD without a part and against other objectives, from one start and with one budget."""

@@ -24,15 +24,15 @@ REFERENCE = "vsd"
 ON_POLICY = "onpolicy-rkl"
 WARM_START = "warm-start"
 
-_OPTION = "objective.options."
+OPTION = "objective.options."
 PARTS: dict[str, dict[str, Any]] = {
-    "car": {f"{_OPTION}car": 0},
-    "arw": {f"{_OPTION}arw": False},
-    "utility": {f"{_OPTION}beta": None},
-    "kl": {f"{_OPTION}kl": False},
-    "correction": {f"{_OPTION}correction": False},
-    "oracle": {f"{_OPTION}oracle": False},
-    "anchor": {f"{_OPTION}anchor": "off"},
+    "car": {f"{OPTION}car": 0},
+    "arw": {f"{OPTION}arw": False},
+    "utility": {f"{OPTION}beta": None},
+    "kl": {f"{OPTION}kl": False},
+    "correction": {f"{OPTION}correction": False},
+    "oracle": {f"{OPTION}oracle": False},
+    "anchor": {f"{OPTION}anchor": "off"},
 }
 """What switches a part off, by the part's name."""
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -44,8 +44,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """Options that an arm may give another value, with the values they take; numbers where there are none."""
 
-_MEMBER = re.compile(r"^(?P<base>.+):(?P<arm>[\w.+-]+)@(?P<seed>\d+)$")
-_ARM_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+MEMBER = re.compile(r"^(?P<base>.+):(?P<arm>[\w.+-]+)@(?P<seed>\d+)$")
+ARM_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _COMMON = ("architecture", "data", "training", "warm_start", "evaluation")
 
 
@@ -58,12 +58,15 @@ class Arm:
         change: What differs from the reference's recipe: dotted key to value.
         disabled: The parts that are switched off, by the names of their flags.
         control: Not VSD with something changed, but what VSD must be better than.
+        recipe: What a contest's file makes of the arm, its ``objective`` and ``training``, as the hash of a drafter
+            that was trained from that file has it (options that it leaves out stay out); None: what ``change`` makes.
     """
 
     name: str
     change: Mapping[str, Any] = field(default_factory=dict)
     disabled: tuple[str, ...] = ()
     control: bool = False
+    recipe: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +89,6 @@ class Base:
     warm_objective: Mapping[str, Any]
     seeds: tuple[int, ...]
 
-    def value(self, key: str) -> object:
-        """Return what a dotted key is in the reference's recipe, the objective's own defaults included."""
-        option = key.removeprefix(_OPTION)
-        if option != key:
-            return self.objective["options"].get(option, objective_options(REFERENCE).get(option))
-        node: Any = {"objective": self.objective, **self.recipe}
-        for part in key.split("."):
-            node = node[part]
-        return node
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -106,12 +99,16 @@ class Wanted:
         settings: Other values of options, keys of ``SETTINGS``.
         grid: File of further arms.
         together: One arm that has all changes, in place of one arm a change.
+        contest: All other arms of the contest that is named, or ``arms``.
+        arms: Of the contest, in place of all.
     """
 
     parts: Sequence[str] = ()
     settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     grid: Path | None = None
     together: bool = False
+    contest: bool = False
+    arms: Sequence[str] = ()
 
 
 def load_base(
@@ -153,7 +150,7 @@ def load_base(
 
 def _reference_of(name: str, members: Sequence[str]) -> tuple[str, tuple[int, ...]]:
     """Return the recipe to start from, and the family's seeds (none where the recipe has no arms)."""
-    found = [match for match in map(_MEMBER.match, members) if match]
+    found = [match for match in map(MEMBER.match, members) if match]
     if len(found) != len(members):
         return name, ()
     arms = list(dict.fromkeys(match["arm"] for match in found))
@@ -164,8 +161,13 @@ def _reference_of(name: str, members: Sequence[str]) -> tuple[str, tuple[int, ..
     return f"{found[0]['base']}:{arm}", seeds
 
 
-def chosen_arms(base: Base, wanted: Wanted) -> tuple[list[Arm], list[str]]:
+def chosen_arms(base: Base, wanted: Wanted, contest: Sequence[Arm] = ()) -> tuple[list[Arm], list[str]]:
     """Return the arms that are compared with the reference, controls apart, and notes on what was left out.
+
+    Args:
+        base: What they share.
+        wanted: What was asked for beside the contest's arms.
+        contest: Arms of the contest, as ``contest.read_arms`` gives them; they stand in the place of all parts.
 
     Raises:
         ConfigError: An unknown part, value or key; two changes that exclude each other; or no arm is left.
@@ -177,20 +179,45 @@ def chosen_arms(base: Base, wanted: Wanted) -> tuple[list[Arm], list[str]]:
         arms = [_combined(arms)]
     if wanted.grid is not None:
         arms += _grid_arms(base, wanted.grid)
+    arms = [*contest, *arms]
     notes: list[str] = []
     if not arms:
         arms, notes = _leave_one_out(base)
-    kept = [arm for arm in arms if any(base.value(key) != value for key, value in arm.change.items())]
-    notes += [
-        f"'{arm.name}' is left out: {describe_change(arm.change)} is what {base.name} has already."
-        for arm in arms
-        if arm not in kept
-    ]
+    names = [arm.name for arm in arms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        where = f"the one in {wanted.grid}" if wanted.grid else "one of them"
+        raise ConfigError(f"Two arms are called '{twice}'; give {where} another name.")
+    kept, left_out = _distinct(base, arms)
+    notes += left_out
     if not kept:
         raise ConfigError(f"Nothing is left to compare: {' '.join(notes)}")
-    twice = next((arm.name for arm in kept if [other.name for other in kept].count(arm.name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"Two arms are called '{twice}'; give the one in {wanted.grid} another name.")
+    return kept, notes
+
+
+def training_of(base: Base, arm: Arm) -> dict[str, Any]:
+    """Return what an arm is trained with, defaults written out: where it is equal, two arms are one drafter."""
+    nested = _nested(base, arm)
+    objective = nested["objective"]
+    options = objective_options(objective["type"]) | objective["options"]
+    return {"objective": objective | {"options": options}, **base.recipe["training"], **nested.get("training", {})}
+
+
+def _distinct(base: Base, arms: Iterable[Arm]) -> tuple[list[Arm], list[str]]:
+    """Return the arms that are neither the reference nor each other under another name, and notes on the others."""
+    trainings = {REFERENCE: training_of(base, Arm(name=REFERENCE))}
+    kept: list[Arm] = []
+    notes: list[str] = []
+    for arm in arms:
+        mine = training_of(base, arm)
+        same = next((name for name, training in trainings.items() if training == mine), None)
+        if same is None:
+            trainings[arm.name] = mine
+            kept.append(arm)
+        elif same == REFERENCE and arm.change:
+            notes.append(f"'{arm.name}' is left out: {describe_change(arm.change)} is what {base.name} has already.")
+        else:
+            notes.append(f"'{arm.name}' is left out: it is trained as '{same}' is, to the last setting.")
     return kept, notes
 
 
@@ -234,7 +261,7 @@ def describe_change(change: Mapping[str, Any]) -> str:
     >>> describe_change({"objective.options.car": 0, "objective.options.beta": None})
     'car 0, beta null'
     """
-    return ", ".join(f"{key.removeprefix(_OPTION)} {_word(value)}" for key, value in change.items())
+    return ", ".join(f"{key.removeprefix(OPTION)} {_word(value)}" for key, value in change.items())
 
 
 def objective_options(objective: str) -> dict[str, Any]:
@@ -282,7 +309,7 @@ def _setting_arm(option: str, value: object) -> Arm:
     known = SETTINGS[option]
     if known and value not in known:
         raise ConfigError(f"--{option} is '{value}'.{did_you_mean(str(value), known)}")
-    return Arm(name=f"{option}-{value}", change={f"{_OPTION}{option}": value})
+    return Arm(name=f"{option}-{value}", change={f"{OPTION}{option}": value})
 
 
 def _combined(arms: Sequence[Arm]) -> Arm:
@@ -293,7 +320,7 @@ def _combined(arms: Sequence[Arm]) -> Arm:
     for arm in arms:
         for key in arm.change:
             if key in change:
-                option = key.removeprefix(_OPTION)
+                option = key.removeprefix(OPTION)
                 raise ConfigError(f"--together: one arm cannot have two values of '{option}'; leave one of them out.")
         change |= arm.change
     disabled = tuple(part for arm in arms for part in arm.disabled)
@@ -306,7 +333,7 @@ def _grid_arms(base: Base, path: Path) -> list[Arm]:
     reserved = {REFERENCE, WARM_START, *(arm.name for arm in controls(base))}
     arms: list[Arm] = []
     for name, change in load_yaml(path).items():
-        if name in reserved or not _ARM_NAME.match(name):
+        if name in reserved or not ARM_NAME.match(name):
             raise ConfigError(f"{path}: an arm cannot be called '{name}'; use letters, digits, '.', '_' and '-'"
                               f"{', and not a name that every ablation has' if name in reserved else ''}.")  # fmt: skip
         if not isinstance(change, dict) or not change:
@@ -316,14 +343,22 @@ def _grid_arms(base: Base, path: Path) -> list[Arm]:
         for key in change:
             if key not in known:
                 raise ConfigError(f"{path}: '{name}' has the unknown key '{key}'.{_suggestion(str(key), known)}")
-        disabled = tuple(part for part, off in PARTS.items() if off.items() <= change.items())
-        arms.append(Arm(name=name, change=change, disabled=disabled))
+        arms.append(Arm(name=name, change=change, disabled=parts_off(change)))
     return arms
+
+
+def parts_off(change: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the parts that a change switches off.
+
+    >>> parts_off({"objective.options.car": 0, "training.lr": 1e-4})
+    ('car',)
+    """
+    return tuple(part for part, off in PARTS.items() if off.items() <= change.items())
 
 
 def _changeable(base: Base) -> list[str]:
     """Return the keys that an arm may change: where it starts from and what it learns from are common to all."""
-    options = [f"{_OPTION}{option}" for option in objective_options(REFERENCE)]
+    options = [f"{OPTION}{option}" for option in objective_options(REFERENCE)]
     steps = [f"objective.{key}" for key in base.objective if key not in {"type", "options"}]
     return [*options, *steps, *(f"training.{key}" for key in base.recipe["training"] if key != "seed")]
 
@@ -335,6 +370,8 @@ def _suggestion(key: str, known: Iterable[str]) -> str:
 
 def _nested(base: Base, arm: Arm) -> dict[str, Any]:
     """Return an arm as a contest file has it: its whole objective, and what else it changes."""
+    if arm.recipe is not None:
+        return copy.deepcopy(dict(arm.recipe))
     result: dict[str, Any] = {"objective": copy.deepcopy(dict(base.objective))}
     for key, value in arm.change.items():
         node = result

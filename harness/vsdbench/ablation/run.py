@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vsdbench import registry
-from vsdbench.ablation import grid
+from vsdbench.ablation import contest, grid
 from vsdbench.ablation.analysis import analyse
 from vsdbench.ablation.grid import Arm, Base, Wanted
 from vsdbench.bench.estimate import estimate
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from vsdbench.bench.methods import Method
     from vsdbench.bench.summary import Summary
 
-RECIPE = "ablation-quickstart"
-SUITE = "ablation"
+RECIPE, SUITE = "ablation-quickstart", "ablation"
+CONTEST, CONTEST_SUITE = "contest-quickstart", "contest"
+"""What is taken apart, and what is compared where a contest's arms are asked for, unless another is named."""
 FAMILY = "ablation.yaml"
 """Name of the contest file in a run folder."""
 
@@ -60,22 +61,22 @@ class Plan:
 
 
 def prepare(
-    recipe: str,
+    recipe: str | None,
     wanted: Wanted,
     options: RunOptions,
     console: Console,
     *,
-    suite: str = SUITE,
+    suite: str | None = None,
     num_seeds: int | None = None,
 ) -> Plan:
     """Return what would be run; the contest file is written, nothing is loaded or trained.
 
     Args:
-        recipe: What is taken apart.
+        recipe: What is taken apart, or the contest; None: ``RECIPE`` or ``CONTEST``.
         wanted: Which arms.
         options: From the command line; overrides go to the recipe or to the suite, by their first key.
         console: Where downloads show their progress.
-        suite: On which prompts.
+        suite: On which prompts; None: ``SUITE`` or ``CONTEST_SUITE``.
         num_seeds: Training seeds; None: those of the recipe.
 
     Raises:
@@ -83,9 +84,16 @@ def prepare(
         EnvironmentProblemError: The suite's data cannot be fetched.
     """
     for_recipe, for_suite = split_overrides(options.overrides)
+    of_contest = wanted.contest or bool(wanted.arms)
+    recipe = recipe or (CONTEST if of_contest else RECIPE)
+    suite = suite or (CONTEST_SUITE if of_contest else SUITE)
+    names = contest.arm_names(recipe, wanted.arms) if of_contest else []
     base = grid.load_base(recipe, for_recipe, num_seeds=num_seeds, target=options.target)
-    compared, notes = grid.chosen_arms(base, wanted)
-    arms = (Arm(name=grid.REFERENCE), *compared, *grid.controls(base))
+    others, notes = contest.read_arms(names, for_recipe) if names else ([], [])
+    compared, left_out = grid.chosen_arms(base, wanted, others)
+    controls, dropped = contest.controls_beside(base, compared)
+    notes += [*left_out, *dropped]
+    arms = (Arm(name=grid.REFERENCE), *compared, *controls)
     raw = grid.family(base, arms)
     opened = open_suite(suite, replace(options, overrides=for_suite, target=base.target), console)
     template = _template(opened.config, base)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vsdbench.ablation.contest import is_contest
 from vsdbench.ablation.grid import WARM_START, describe_change
 from vsdbench.bench.estimate import minutes
 from vsdbench.bench.paired import ALPHA
@@ -31,7 +32,8 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         result: As ``analyse`` gives it.
         console: Intervals stand beside their values where it is wide enough, else below them.
     """
-    console.print(Text(f"ablation of {result['recipe']} · run {result['run_id']}", style="bold"))
+    what = "contest of objectives" if is_contest(result["arms"]) else "ablation of"
+    console.print(Text(f"{what} {result['recipe']} · run {result['run_id']}", style="bold"))
     for entry in result["modes"]:
         console.print()
         console.print(Text(mode_label(entry["mode"], entry["temperature"]), style="bold"))

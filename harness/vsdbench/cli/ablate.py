@@ -1,4 +1,4 @@
-"""The verb that takes VSD apart: ablate."""
+"""The verb that takes VSD apart, and sets other objectives against it: ablate."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ def ablate(  # noqa: PLR0917 - a command's options
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE...]",
-            help="A recipe or contest with the objective vsd (default: ablation-quickstart), and changes to it or to "
-            "the suite, for all arms.",
+            help="A recipe or contest with the objective vsd (default: ablation-quickstart, with --arms "
+            "contest-quickstart), and changes to it or to the suite, for all arms.",
         ),
+    ] = None,
+    arms: Annotated[bool, typer.Option("--arms", help="The contest's other objectives, each against its vsd.")] = False,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this arm of the contest; can be repeated.")
     ] = None,
     no_car: Annotated[bool, typer.Option("--no-car", help="Arm without Confidence-Aware Regularization.")] = False,
     no_arw: Annotated[bool, typer.Option("--no-arw", help="Arm without Adaptive Rejection Weighting.")] = False,
@@ -66,7 +70,10 @@ def ablate(  # noqa: PLR0917 - a command's options
         Path | None, typer.Option(metavar="FILE", help="YAML file of further arms: name to dotted recipe changes.")
     ] = None,
     together: Annotated[bool, typer.Option("--together", help="One arm with all these changes.")] = False,
-    suite: Annotated[str, typer.Option(help="Suite to decode; its tree is every arm's.")] = "ablation",
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Suite to decode; its tree is every arm's (default: ablation, with --arms contest)."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0, 1, … (default: the recipe's).")] = None,
     target: TargetName = None,
     device: Device = "auto",
@@ -86,15 +93,17 @@ def ablate(  # noqa: PLR0917 - a command's options
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Which parts of VSD pay? Train it whole and with parts changed, from one start and budget, and compare.
+    """Which parts of VSD pay, which objective? Train arms from one start with one budget, and compare them with VSD.
 
     Each flag is one arm, and an option that is repeated one arm a value; without any, every part is switched off in
-    turn. Beside them run three controls: more training with the warm start's objective, on-policy reverse KL, and the
-    warm start as it is. Cells are cached, so another arm trains that arm alone. Example:
-    [bold]vsdbench ablate --no-car --paths 1 --paths 16 --seeds 3[/bold]
+    turn. With --arms the other objectives of a contest are the arms. Beside them run three controls: more training with
+    the warm start's objective, on-policy reverse KL, and the warm start as it is; one that is an arm already runs once.
+    Cells are cached, so another arm trains that arm alone. Examples:
+    [bold]vsdbench ablate --no-car --paths 1 --paths 16 --seeds 3[/bold],
+    [bold]vsdbench ablate contest-hour --arms[/bold]
     """
     from vsdbench.ablation.grid import Wanted
-    from vsdbench.ablation.run import RECIPE, prepare
+    from vsdbench.ablation.run import prepare
     from vsdbench.bench.run import RunOptions
     from vsdbench.errors import ConfigError
 
@@ -124,6 +133,8 @@ def ablate(  # noqa: PLR0917 - a command's options
         settings={option: values for option, values in settings.items() if values},
         grid=grid,
         together=together,
+        contest=arms,
+        arms=arm or [],
     )
     options = RunOptions(
         overrides=overrides,
@@ -137,7 +148,7 @@ def ablate(  # noqa: PLR0917 - a command's options
         trust_remote_code=trust_remote_code,
     )
     console = notes(quiet=quiet)
-    plan = prepare(names[0] if names else RECIPE, wanted, options, console, suite=suite, num_seeds=seeds)
+    plan = prepare(names[0] if names else None, wanted, options, console, suite=suite, num_seeds=seeds)
     if dry_run:
         _print_estimate(plan, options, console, as_json=as_json)
     else:

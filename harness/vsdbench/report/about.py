@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vsdbench.ablation.contest import other_objective
 from vsdbench.bench.paired import speedup_difference, tau_difference
 from vsdbench.report.facts import Run
 from vsdbench.report.figures import mode_label
@@ -289,7 +290,8 @@ def _ours(run: Run) -> list[tuple[Cell, ...]]:
         return [
             (words(f"ours: {run.analysis['reference']} against {arm['name']}"), target,
              words(_against(arm.get("delta_tau_pct"))), words(_against(arm.get("delta_speedup_pct"))))
-            for arm in run.analysis["arms"] if arm.get("control") and arm.get("delta_tau_pct") is not None
+            for arm in run.analysis["arms"]
+            if (arm.get("control") or other_objective(arm) == "kl") and arm.get("delta_tau_pct") is not None
         ]  # fmt: skip
     rows = run.in_mode(mode)
     best = max(rows, key=lambda row: row["speedup"] or 0.0)

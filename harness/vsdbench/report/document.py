@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from vsdbench.ablation.contest import is_contest
 from vsdbench.report import about, checks, costs, effects, examples, results
 from vsdbench.report.facts import Mode, Run
 from vsdbench.report.model import Document, Section, Table, fixed, listed, named, spelled
@@ -76,8 +78,16 @@ def _title(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{spelled(len(runs)).capitalize()} runs of speculative decoding compared: {suites}"
     if runs[0].analysis is not None:
-        return f"Which parts of {runs[0].analysis['reference']} pay? An ablation on {suites}"
+        return f"{_question(runs[0].analysis)} on {suites}"
     return f"Speculative decoding measured on {suites}"
+
+
+def _question(analysis: Mapping[str, Any]) -> str:
+    parts = f"which parts of {analysis['reference']} pay"
+    if not is_contest(analysis["arms"]):
+        return f"{parts[0].upper()}{parts[1:]}? An ablation"
+    has_parts = any(arm["disabled"] for arm in analysis["arms"])
+    return f"Which objective makes decoding faster{f', and {parts}' if has_parts else ''}? A contest"
 
 
 def _subtitle(runs: Sequence[Run]) -> str:

@@ -1,10 +1,11 @@
-"""The parts of a report that compare: arms of an ablation with their reference, and runs with the first of them."""
+"""The parts of a report that compare: arms of an ablation or a contest with their reference, runs with the first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vsdbench.ablation.contest import is_contest, other_objective
 from vsdbench.ablation.grid import describe_change
 from vsdbench.bench.paired import ALPHA, Difference, mean_difference, tau_difference
 from vsdbench.bench.stats import log_ratios
@@ -27,6 +28,8 @@ from vsdbench.report.model import (
 )  # fmt: skip
 from vsdbench.report.plots import Effect, arm_panels, forest_figure
 
+_MEASURES = {"speedup": "decoding speed", "tau": "τ"}
+
 # --- ablation ------------------------------------------------------------------------------------------------------
 
 
@@ -41,21 +44,39 @@ def _ablation(run: Run) -> Section:
     pictures = [_forest(mode, analysis["reference"], suffix, index) for index, mode in enumerate(analysis["modes"])]
     drawn = [picture for picture in pictures if picture is not None]
     where = f" and [[figure:{drawn[0].name}]]" if drawn else ""
+    contest = is_contest(analysis["arms"])
+    said = cost_words(analysis) if contest else " ".join(findings(analysis))
     text = (
         f"Every arm starts from the same drafter and sees the same data in the same order; an arm differs from "
-        f"{named(analysis['reference'])} in the part that is named. A change is the arm's relative to the "
-        "reference, so "
-        "a part whose removal lowers τ is worth that much. Intervals are paired, over training seeds and prompts "
-        "as two levels; p-values are Holm-adjusted over arms [[cite:holm]]. "
-        f"[[table:ablation{suffix}]]{where} have all of them. {' '.join(findings(analysis))}"
+        f"{named(analysis['reference'])} in {_what_differs(analysis)}. Intervals are paired, over training seeds and "
+        "prompts as two levels; p-values are Holm-adjusted over arms [[cite:holm]]. "
+        f"[[table:ablation{suffix}]]{where} have all of them. {said}"
+    ).rstrip()
+    title = "Contest of objectives" if contest else "Ablation"
+    return Section(title + (f", run {run.label}" if run.label else ""), (text, _table(analysis, suffix), *drawn))
+
+
+def _what_differs(analysis: Mapping[str, Any]) -> str:
+    """Return what an arm is, and how to read its change."""
+    worth = "a part whose removal lowers τ is worth that much"
+    if not is_contest(analysis["arms"]):
+        return f"the part that is named. A change is the arm's relative to the reference, so {worth}"
+    has_parts = any(arm["disabled"] for arm in analysis["arms"])
+    return (
+        f"the objective{', the part' if has_parts else ''} or the setting that is named. A change is the arm's "
+        f"relative to the reference, above 0 where the arm is ahead{f'; {worth}' if has_parts else ''}"
     )
-    return Section("Ablation" + (f", run {run.label}" if run.label else ""), (text, _table(analysis, suffix), *drawn))
 
 
 def findings(analysis: Mapping[str, Any]) -> list[str]:
-    """Return in plain words which parts pay: what is established after Holm's adjustment, and what is not."""
+    """Return in plain words which parts pay and which arms are ahead: what is established after Holm, what is not.
+
+    An arm without a part is said to show what the part is worth; one with another objective or setting, how it stands
+    to the reference, in speed too and at every temperature.
+    """
     known = [a for a in analysis["arms"] if a["name"] != analysis["reference"] and a["delta_tau_pct"] is not None]
     arms, controls = ([arm for arm in known if bool(arm.get("control")) is wanted] for wanted in (False, True))
+    arms = [arm for arm in arms if not _is_rival(arm)]
     sure = [arm for arm in arms if _certain(arm["p_tau_holm"])]
     worse, better = ([arm for arm in sure if (arm["delta_tau_pct"] < 0) is wanted] for wanted in (True, False))
     rest = [named(arm["name"]) for arm in arms if arm not in sure]
@@ -66,20 +87,64 @@ def findings(analysis: Mapping[str, Any]) -> list[str]:
         said.append(f"τ is higher in {listed([_told(arm) for arm in better])}.")
     if rest:
         said.append(f"No change of τ is established for {listed(rest)}.")
+    said += [_standings(mode, analysis["reference"], measure) for mode in analysis.get("modes", ())
+             for measure in _MEASURES]  # fmt: skip
     if controls:
         unsure = [named(arm["name"]) for arm in controls if not _certain(arm["p_tau_holm"])]
         but = f", of which {listed(unsure)} {'is' if len(unsure) == 1 else 'are'} not established" if unsure else ""
+        differ = "the controls differ" if len(controls) > 1 else "the control differs"
         said.append(
-            f"Against {named(analysis['reference'])}, the controls differ: "
-            f"{listed([_told(arm) for arm in controls])}{but}."
+            f"Against {named(analysis['reference'])}, {differ}: {listed([_told(arm) for arm in controls])}{but}."
         )
     if analysis.get("equal_tokens") is False:
         said.append("The arms were not trained on equally many tokens, so a difference may be that of the budget.")
-    return said
+    return list(filter(None, said))
 
 
-def _told(arm: Mapping[str, Any]) -> str:
-    return f"{named(arm['name'])} by {_with_interval(arm['delta_tau_pct'], arm['delta_tau_ci'])}"
+def _is_rival(arm: Mapping[str, Any]) -> bool:
+    """Return whether an arm is another way to train, and not the reference without some part."""
+    return other_objective(arm) is not None or not arm["disabled"]
+
+
+def _standings(mode: Mapping[str, Any], reference: str, measure: str) -> str:
+    """Return which rivals are ahead of the reference in a mode and a measure, which behind, by how much, how surely."""
+    rivals = [arm for arm in mode["arms"] if arm["name"] != reference and not arm["control"] and _is_rival(arm)]
+    known = [arm for arm in rivals if arm[f"delta_{measure}_pct"] is not None]
+    if not known:
+        return ""
+    sure = [arm for arm in known if _certain(arm[f"p_{measure}_holm"])]
+    ahead, behind = ([arm for arm in sure if (arm[f"delta_{measure}_pct"] > 0) is wanted] for wanted in (True, False))
+    unsure = [arm for arm in known if arm not in sure]
+    groups = [
+        f"{where} {named(reference)} {_are(group)} {listed([_told(arm, measure) for arm in group])}"
+        for group, where in ((ahead, "ahead of"), (behind, "behind"))
+        if group
+    ]
+    if unsure:
+        whether = f"{_are(unsure)} " if sure else f"is any difference from {named(reference)}: "
+        told = listed([_told(arm, measure) for arm in unsure])
+        groups.append(f"not established after Holm's adjustment {whether}{told}")
+    return f"In {_MEASURES[measure]} at T = {mode['temperature']:g}, {'; '.join(groups)}."
+
+
+def _are(group: Sequence[object]) -> str:
+    return "is" if len(group) == 1 else "are"
+
+
+def cost_words(analysis: Mapping[str, Any]) -> str:
+    """Return what an arm's training took on equal tokens: the least, the most, the reference; nothing if not equal."""
+    seconds = {arm["name"]: arm["budget"]["wall_s"] for arm in analysis["arms"] if arm["seeds"]}
+    if not analysis["equal_tokens"] or len(seconds) < 2:
+        return ""
+    by_cost = sorted(seconds, key=seconds.__getitem__)
+    least, most = (f"{fixed(seconds[name], 0)} s ({named(name)})" for name in (by_cost[0], by_cost[-1]))
+    reference = analysis["reference"]
+    between = f"; {named(reference)} took {fixed(seconds[reference], 0)} s" if reference in by_cost[1:-1] else ""
+    return f"On as many tokens, the training of one seed took from {least} to {most}{between}."
+
+
+def _told(arm: Mapping[str, Any], measure: str = "tau") -> str:
+    return f"{named(arm['name'])} by {_with_interval(arm[f'delta_{measure}_pct'], arm[f'delta_{measure}_ci'])}"
 
 
 def _table(analysis: Mapping[str, Any], suffix: str) -> Table:
