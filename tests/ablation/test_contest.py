@@ -11,12 +11,12 @@ from vsdbench.errors import ConfigError
 from vsdbench.paths import list_data
 from vsdbench_drafters.training.recipe import load_recipe
 
+WARM = {"name": "warm", "target": "t", "objective": {"type": "kl", "ttt_steps": 2}, "data": {"num_tokens": 100}}
 CONTEST = {
     "name": "toy",
     "target": "t",
-    "warm_start": "eagle3-kl-start",
-    "objective": {"type": "kl", "ttt_steps": 2, "step_weight": 0.8},
-    "data": {"num_tokens": 100, "start_index": 1_000_000},
+    "objective": WARM["objective"],
+    "data": {"num_tokens": 100, "start_index": 100},
     "seeds": [0, 1],
     "arms": {
         "kl": {},
@@ -27,12 +27,13 @@ CONTEST = {
 
 @pytest.fixture
 def contest(tmp_path):
-    """Write a contest with these arms beside ``kl`` and ``vsd``, or in their place, and return its name."""
+    """Write a contest with these arms beside ``kl`` and ``vsd``, and return its name."""
 
-    def write(arms, *, alone=False):
-        path = tmp_path / "toy.yaml"
-        raw = CONTEST | {"arms": arms if alone else CONTEST["arms"] | arms}
-        path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    def write(arms):
+        path, warm = tmp_path / "toy.yaml", tmp_path / "warm.yaml"
+        raw = CONTEST | {"warm_start": str(warm), "arms": CONTEST["arms"] | arms}
+        for file, content in ((path, raw), (warm, WARM)):
+            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return str(path)
 
     return write

@@ -138,7 +138,7 @@ def other_objective(arm: Mapping[str, Any]) -> str | None:
     >>> other_objective({"name": "kl", "change": {"objective": {"type": "kl"}}})
     'kl'
     """
-    objective = (arm.get("change") or {}).get("objective") or {}
+    objective: Mapping[str, str] = (arm.get("change") or {}).get("objective") or {}
     return objective.get("type")
 
 
@@ -151,7 +151,7 @@ def _arm(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Arm:
     training = {k: v for k, v in ours["training"].items() if k != "seed" and v != theirs["training"][k]}
     change = _objective_change(ours["objective"], theirs["objective"])
     change |= {f"training.{key}": value for key, value in training.items()}
-    recipe = {"objective": ours["objective"]} | ({"training": training} if training else {})
+    recipe: dict[str, Any] = {"objective": ours["objective"]} | ({"training": training} if training else {})
     return Arm(name=name, change=change, disabled=parts_off(change), recipe=recipe)
 
 
