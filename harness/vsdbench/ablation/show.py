@@ -32,7 +32,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         result: As ``analyse`` gives it.
         console: Intervals stand beside their values where it is wide enough, else below them.
     """
-    what = "contest of objectives" if is_contest(result["arms"]) else "ablation of"
+    what = "objectives of" if is_contest(result["arms"]) else "ablation of"
     console.print(Text(f"{what} {result['recipe']} · run {result['run_id']}", style="bold"))
     for entry in result["modes"]:
         console.print()
@@ -58,7 +58,7 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
         table.add_row(Text(cell["arm"]), Text(describe_change(cell["change"]) or MISSING), seed, time)
     decoding = sum(method["seconds"] for method in estimate["methods"])
     console.print(
-        f"ablation of {estimate['recipe']} on {estimate['suite']}: {estimate['num_prompts']} prompts, "
+        f"arms of {estimate['recipe']} on {estimate['suite']}: {estimate['num_prompts']} prompts, "
         f"{estimate['num_decodes']} decodes of {estimate['target']} on {estimate['device']} in {estimate['dtype']}"
     )
     console.print(table)
