@@ -137,9 +137,9 @@ def test_misalignment_is_that_of_all_seeds_together(report):
         assert math.isclose(float(row["nodes for 95 %"]), 1.0)
 
 
-def arm(name, change, p, **fields):
+def arm(name, by, p, **fields):
     found = {"name": name, "disabled": [], "change": {}, "control": False, "seeds": [0, 1]}
-    for measure, value in (("tau", change), ("speedup", change / 2)):
+    for measure, value in (("tau", by), ("speedup", by / 2)):
         found |= {f"delta_{measure}_pct": value, f"delta_{measure}_ci": [value - 1, value + 1], f"p_{measure}_holm": p}
     return found | fields
 
@@ -166,7 +166,7 @@ def contest(*arms):
     warm = arm("warm-start", -2.0, 0.001, control=True, seeds=[])
     arms = [
         one | {"budget": {"wall_s": seconds}}
-        for one, seconds in zip((vsd, *arms, warm), (80, 30, 40, 140), strict=False)
+        for one, seconds in zip((vsd, *arms, warm), (80, 30, 40, 140, 0), strict=False)
     ]
     modes = [
         {"mode": "greedy", "temperature": 0.0, "arms": arms},
