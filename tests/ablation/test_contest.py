@@ -119,7 +119,7 @@ def test_overrides_reach_all_arms_but_options_only_those_of_vsd(contest):
     ("arm", "words"),
     [
         ({"data": {"num_tokens": 5}}, "arm 'x' has another data than 'vsd'"),
-        ({"warm_start": "eagle3-kl-hour", "data": {"start_index": 1_000_000}}, "arm 'x' has another warm_start than 'vsd'"),
+        ({"warm_start": "eagle3-kl-hour", "data": {"start_index": 10**6}}, "arm 'x' has another warm_start"),
         ({"architecture": {"draft_vocab_size": 64}}, "arm 'x' has another architecture than 'vsd'"),
         ({"evaluation": {"prompts": 3}}, "arm 'x' has another evaluation than 'vsd'"),
         ({"target": "u"}, "arm 'x' has another target than 'vsd'"),
