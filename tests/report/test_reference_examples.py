@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from itertools import accumulate
 
@@ -25,13 +26,18 @@ from tests.report.recorded import (
 )
 
 with_examples = pytest.mark.parametrize("name", tuple(filter(examples, RUNS)))
-MAX_SHOWN, MAX_TOKENS = 4, 72
+MAX_SHOWN, MAX_TOKENS, MAX_PROMPT = 4, 72, 320
 BLOCK = re.compile(r"#example\(\n(.*?)\n\)", flags=re.DOTALL)
 ANSWER = re.compile(
     r'\(head: \{ name\("([^"]*)"\); "([^"]*)" \}, spans: \((.*)\), left: "([^"]*)"\),', flags=re.MULTILINE
 )
 SPAN = re.compile(r'\(("(?:[^"\\]|\\.)*"), (true|false), (\d+)\)')
-PRINTED = str.maketrans({"\n": "\u21b5", "\t": "\u2192", "\u00a0": " "})
+SIGNS = {"\n": "\u21b5", "\t": "\u2192", "\u00a0": " "}
+
+
+def on_one_line(text):
+    """With signs for line ends and tabs, and for what else controls something."""
+    return "".join(SIGNS.get(c, "\ufffd" if unicodedata.category(c).startswith("C") else c) for c in text)
 
 
 def two_best(name):
@@ -73,7 +79,7 @@ def drawn(name, drafter, prompt):
     last = min([step for (*_, step, _), end in zip(parts, ends, strict=True) if end > MAX_TOKENS], default=None)
     rest = 0 if last is None else num_steps - last + 1
     left = f"\N{HORIZONTAL ELLIPSIS} {rest} more step{'s' * (rest > 1)}" if rest else ""
-    kept = [(text.translate(PRINTED), of, step) for text, of, step, _ in parts if last is None or step < last]
+    kept = [(on_one_line(text), of, step) for text, of, step, _ in parts if last is None or step < last]
     return drafter, counts, kept, left
 
 
@@ -96,14 +102,12 @@ def test_every_number_and_span_of_the_drawn_answers(name):
     assert len(blocks) == len(shown)
     for prompt, block in zip(shown, blocks, strict=True):
         assert f'strong("{prompt["category"]}"); " "; name("{prompt["prompt_id"]}")' in block
+        text, long = prompt["text"], len(prompt["text"]) > MAX_PROMPT
+        asked = f"{text[:MAX_PROMPT].rstrip()} \N{HORIZONTAL ELLIPSIS}" if long else text
+        assert json.loads(re.search('prompt: (".*"),', block)[1]) == on_one_line(asked)
         found = [
-            (
-                drafter,
-                counts,
-                [(json.loads(text), of == "true", int(step)) for text, of, step in SPAN.findall(all_spans)],
-                left,
-            )
-            for drafter, counts, all_spans, left in ANSWER.findall(block)
+            (drafter, counts, [(json.loads(t), of == "true", int(step)) for t, of, step in SPAN.findall(parts)], left)
+            for drafter, counts, parts, left in ANSWER.findall(block)
         ]
         assert found == [drawn(name, drafter, prompt["prompt_id"]) for drafter in (best, second)]
     assert (
