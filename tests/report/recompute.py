@@ -25,7 +25,7 @@ from tests.report.recorded import (
 )
 
 NUM_RESAMPLES = 9999
-"""Of every interval, drawn by ``default_rng(0)``: the README says so."""
+"""Of every interval, drawn by ``default_rng(0)``: docs/measuring.md says so."""
 TAILS = np.array([0.025, 0.975])
 MAX_ARMS = 8
 """Lines of a figure."""
@@ -103,7 +103,7 @@ def bca(statistic, *samples):
 
 @cache
 def resamples(n):
-    """The units of every resample, as the README says that they are drawn."""
+    """The units of every resample, as docs/measuring.md says that they are drawn."""
     return np.random.default_rng(0).integers(n, size=(NUM_RESAMPLES, n))
 
 

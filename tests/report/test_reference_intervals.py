@@ -1,6 +1,6 @@
 """Interval ends and p-values of the reference reports, by formulas written down once more (``recompute``).
 
-Resamples are drawn as the README says, so that ends agree to ten digits. Speedups on new domains are the exception: the
+Resamples are drawn as docs/measuring.md says, so that ends agree to ten digits. Speedups on new domains are the exception: the
 order of their draws is nobody's business, so theirs are held against a bootstrap of other draws.
 """
 
