@@ -1,7 +1,7 @@
 """Interval ends and p-values of the reference reports, by formulas written down once more (``recompute``).
 
-Resamples are drawn as docs/measuring.md says, so that ends agree to ten digits. Speedups on new domains are the exception: the
-order of their draws is nobody's business, so theirs are held against a bootstrap of other draws.
+Resamples are drawn as docs/measuring.md says, so that ends agree to ten digits. Speedups on new domains are the
+exception: the order of their draws is nobody's business, so theirs are held against a bootstrap of other draws.
 """
 
 from __future__ import annotations
