@@ -62,6 +62,12 @@ def test_the_measurement_is_a_positive_ratio_measured_once():
     assert bf16_speedup(CPU) == first
 
 
+def test_what_else_runs_on_the_machine_does_not_decide_the_dtype(monkeypatch):
+    times = {torch.float32: iter([2.0] * 12), torch.bfloat16: iter([1.0, *[9.0] * 11])}
+    monkeypatch.setattr(devices, "_product", lambda _, dtype: lambda: next(times[dtype]))
+    assert bf16_speedup.__wrapped__(CPU) == 2.0
+
+
 @pytest.mark.parametrize("name", ["meta", "mps", "xpu:0"])
 def test_a_device_that_torch_knows_but_nothing_here_can_time(name):
     with pytest.raises(ConfigError, match=f"'{name}' is not supported: use auto, cpu, cuda or cuda:N"):
