@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vsdbench.errors import ConfigError
 from vsdbench.models.fused import FusedLayers
 from vsdbench.models.image_prompt import ImagePrompt
+from vsdbench.models.masks import Masks
 from vsdbench_drafters.training.answers import Request, Response, StopReason, ends_in_loop
 from vsdbench_drafters.training.sampling import pick_tokens
 from vsdbench_drafters.training.slots import Group, SlotAttention, SlotCache
@@ -126,17 +126,9 @@ class SlotGenerator:
         self._loop_repeats = loop_repeats
         self._refill_at = max(1, slots // 16)
         self._group = max(4, slots // 4)
-        self._device, self._dtype = model.device, model.dtype
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        if kinds - {"full_attention", "sliding_attention"}:
-            odd = min(kinds - {"full_attention", "sliding_attention"})
-            raise ConfigError(
-                f"The target has layers of type '{odd}', for which no static cache is written; use another."
-            )
-        self._window: int | None = getattr(config, "sliding_window", None)
-        self._mixed = "sliding_attention" in kinds
-        self._slides = self._window is not None and (self._mixed or not kinds)
+        self._device = model.device
+        config, name = model.config.get_text_config(), type(model).__name__
+        self._masks = Masks(config, groups=1, name=name, dtype=model.dtype, device=self._device)
         self._columns = _up(max_prompt_tokens + max_new_tokens)
         self._cache = SlotCache(slots, self._columns, len(self._prefix), self._device)
         self._attention = SlotAttention(self._cache)
@@ -229,15 +221,7 @@ class SlotGenerator:
             visible: ``[B or 1, q, K]`` bool, without the sliding window.
             offsets: ``[B, 1]``, added to what the model's position embedding is told.
         """
-        masks: Tensor | dict[str, Tensor]
-        if self._slides:
-            assert self._window is not None
-            near = visible & (positions[..., None] - key_positions < self._window)
-            masks = self._additive(near)
-            if self._mixed:
-                masks = {"full_attention": self._additive(visible), "sliding_attention": masks}
-        else:
-            masks = self._additive(visible)
+        masks = self._masks.of(positions, visible, key_positions)
         ids, positions = ids.to(self._device), positions + offsets
         if self._fused is not None:
             return self._run_fused(self._fused, ids, positions, masks)
@@ -271,10 +255,6 @@ class SlotGenerator:
         last = layers.run(embedded, positions.flatten(), attend, {})
         logits: Tensor = self._model.get_output_embeddings()(last.view(batch, columns, -1)[:, -1:])
         return logits
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(~visible, torch.finfo(self._dtype).min)[:, None]
 
     # ---- filling and ordering slots ----
 
