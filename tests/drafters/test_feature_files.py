@@ -64,6 +64,19 @@ def test_a_full_disk_while_caching(tmp_path, toy_target, toy_sequences, monkeypa
     assert names(tmp_path) == []
 
 
+def test_two_processes_that_make_the_same_file_do_not_disturb_each_other(tmp_path, target, monkeypatch):
+    def begin_again(_count):
+        monkeypatch.setattr(feature_files.os, "getpid", lambda: -1)
+        cached_features(target, SEQUENCES, tmp_path, fingerprint="d")
+        monkeypatch.undo()
+
+    monkeypatch.setattr(feature_files, "_PASS_TOKENS", 20)  # several batches: the other begins behind the first
+    cached = cached_features(target, SEQUENCES, tmp_path, fingerprint="d", progress=begin_again)
+    expected = OnlineFeatures(target, SEQUENCES).read([0, 1, 2, 3])
+    torch.testing.assert_close(cached.read([0, 1, 2, 3]).states, expected.states)
+    assert len(names(tmp_path)) == 1
+
+
 def test_kept_keys_are_those_of_a_plain_forward(tmp_path, target):
     cached = cached_features(target, SEQUENCES, tmp_path, fingerprint="d", keys=True)
     online = OnlineFeatures(target, SEQUENCES, keys=True)

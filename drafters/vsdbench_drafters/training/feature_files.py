@@ -8,6 +8,7 @@ forwards fill all of them.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class _File:
 
     @property
     def partial(self) -> Path:
-        """Where it is until it is complete."""
-        return self.path.with_suffix(f"{self.path.suffix}.partial")
+        """Where it is until it is complete, a name of this process alone: another one may be making the same file."""
+        return self.path.with_suffix(f"{self.path.suffix}.partial-{os.getpid()}")
 
     def is_whole(self, num_tokens: int, itemsize: int) -> bool:
         """Whether it is there in full."""
@@ -172,9 +173,9 @@ def cached_features(
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _write(target, sequences, lengths, missing, progress)
-        except (OSError, RuntimeError) as error:
             for file in missing:
-                file.partial.unlink(missing_ok=True)
+                file.partial.replace(file.path)
+        except (OSError, RuntimeError) as error:
             if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
                 size = num_bytes(total, sum(file.numbers for file in missing), itemsize)
                 cheaper = "training.keys=false" if keys else "training.features=online"
@@ -183,8 +184,9 @@ def cached_features(
                     f"{cheaper}."
                 ) from error
             raise
-        for file in missing:
-            file.partial.replace(file.path)
+        finally:
+            for file in missing:
+                file.partial.unlink(missing_ok=True)
     return CachedFeatures(
         lengths,
         files[0],
