@@ -76,8 +76,9 @@ def test_expected_accepted_length_is_the_sum_of_products(setting, acceptance):
 
 def test_the_cross_entropy_can_stand_beside_it(setting):
     alone = ExpectedAcceptedLength(ttt_steps=2).loss(setting.batch, setting.model, setting.view).loss
-    both = ExpectedAcceptedLength(ttt_steps=2, soft_weight=0.5).loss(setting.batch, setting.model, setting.view).loss
-    soft = ForwardKL(ttt_steps=2).loss(setting.batch, setting.model, setting.view).loss
+    steps = {"ttt_steps": 2, "step_weight": 0.3}
+    both = ExpectedAcceptedLength(**steps, soft_weight=0.5).loss(setting.batch, setting.model, setting.view).loss
+    soft = ForwardKL(**steps).loss(setting.batch, setting.model, setting.view).loss
     torch.testing.assert_close(both, alone + 0.5 * soft)
 
 

@@ -19,12 +19,7 @@ from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, LossOutput, TargetView, unroll
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
 from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, merge, trace, tree_paths
-from vsdbench_drafters.objectives.token import (
-    ForwardKL,
-    RowLosses,
-    cross_entropy_rows,
-    step_weights,
-)
+from vsdbench_drafters.objectives.token import ForwardKL, RowLosses, cross_entropy_rows
 from vsdbench_drafters.objectives.vsd.utility import expected_length
 
 _CHUNK_ROWS = 128
@@ -126,7 +121,7 @@ class ExpectedAcceptedLength(ForwardKL):
             if self.soft_weight:
                 terms.append(self.step_loss(step, hidden, batch, drafter, probs))
         length = expected_length(torch.stack(accepts, dim=-1)).mean()
-        soft = sum((w * t for w, t in zip(step_weights(len(terms)), terms, strict=True)), start=0.0) if terms else 0.0
+        soft = sum((weight * term for weight, term in zip(self.weights, terms, strict=False)), start=0.0)
         metrics = {f"acceptance_step_{i}": a.detach().mean() for i, a in enumerate(accepts)}
         return LossOutput(self.soft_weight * soft - length, metrics | {"expected_length": length.detach()})
 
