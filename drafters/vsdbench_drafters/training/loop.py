@@ -98,9 +98,9 @@ class TrainingLoop:
         self._optimisers = make_optimisers(model, config)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().clone() for name, p in self._trained.items()} if config.ema else {}
-        rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in maker.sequences]
-        self._steps = self._plan(rows)
-        self._rows = rows
+        self._repeats = int(getattr(objective, "m_steps", 1))  # optimiser steps on the same batches
+        self._rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in maker.sequences]
+        self._steps = self._plan()
         self._metrics: dict[str, float] = {}
         self._sums: dict[str, list[float]] = {}
         self._evaluations = evaluations
@@ -110,22 +110,18 @@ class TrainingLoop:
         self.best_step = 0
         self.seconds = 0.0
 
-    def _plan(self, rows: list[int]) -> list[list[list[int]]]:
+    def _plan(self) -> list[list[list[int]]]:
         """Return the batches of every optimiser step of the whole training.
 
         An objective with several M-steps an E-step is given the same batches so many times in a row.
         """
-        config, repeats = self._config, getattr(self._objective, "m_steps", 1)
+        config = self._config
         steps: list[list[list[int]]] = []
         for epoch in range(config.epochs):
-            batches = plan_batches(rows, config.batch_tokens, seed=config.seed, epoch=epoch)
+            batches = plan_batches(self._rows, config.batch_tokens, seed=config.seed, epoch=epoch)
             groups = [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
-            steps += [group for group in groups for _ in range(repeats)]
+            steps += [group for group in groups for _ in range(self._repeats)]
         return steps
-
-    def _whole_round(self, step: int) -> bool:
-        """Whether no E-step is under way after so many steps: only then can a training be resumed exactly."""
-        return step % int(getattr(self._objective, "m_steps", 1)) == 0
 
     @property
     def num_steps(self) -> int:
@@ -164,8 +160,8 @@ class TrainingLoop:
                     self._evaluate(step + 1, tokens, loss)
                 progress = Progress(step + 1, self.num_steps, tokens, loss, self._metrics)
                 report(progress)
-                if not self._whole_round(step + 1):
-                    continue
+                if (step + 1) % self._repeats:
+                    continue  # an E-step is under way: a training that stops here could not be resumed exactly
                 stop = any(self._processes.gather(interrupted.is_set()))
                 if self._processes.is_first and (stop or time.monotonic() - saved > self._config.checkpoint_s):
                     self._save(step + 1)
@@ -178,21 +174,14 @@ class TrainingLoop:
     def _step(self, step: int) -> float:
         """Do one optimiser step; return the mean loss of its batches."""
         batches = self._steps[step]
-        share, before = 0.0, self._maker.num_forwards
-        repeats = int(getattr(self._objective, "m_steps", 1))
+        outputs, before = [], self._maker.num_forwards
         for number, indices in own_share(batches, self._processes):
-            seed = batch_seed(self._config.seed, step // repeats, number)
+            seed = batch_seed(self._config.seed, step // self._repeats, number)
             batch, view = self._maker.make(indices, seed=seed)
             with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
                 output = self._objective.loss(batch, self.model, view)
             (output.loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            share += float(output.loss.detach()) / len(batches)
-            for name, value in output.metrics.items():
-                sums = self._sums.setdefault(name, [0.0, 0.0])
-                sums[0] += float(value)
-                sums[1] += 1
-        done = self._processes.gather((share, self._maker.num_forwards - before))
-        self._maker.num_forwards = before + sum(forwards for _, forwards in done)
+            outputs.append((output.loss.detach(), output.metrics))
         sum_gradients(self._trained.values(), self._processes)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.clip)
         config = self._config
@@ -200,7 +189,16 @@ class TrainingLoop:
         with torch.no_grad():
             for name, mean in self._average.items():
                 mean.lerp_(self._trained[name], 1 - min(config.ema, (step + 1) / (step + 10)))
-        return sum(loss for loss, _ in done)
+        share = 0.0  # numbers are read last: each read waits until a GPU has done all that it was given
+        for loss, metrics in outputs:
+            share += float(loss) / len(batches)
+            for name, value in metrics.items():
+                sums = self._sums.setdefault(name, [0.0, 0.0])
+                sums[0] += float(value)
+                sums[1] += 1
+        done = self._processes.gather((share, self._maker.num_forwards - before))
+        self._maker.num_forwards = before + sum(forwards for _, forwards in done)
+        return sum(part for part, _ in done)
 
     def _finish(self, progress: Progress) -> Progress:
         with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,14 +70,8 @@ def make_optimisers(model: nn.Module, config: TrainingConfig) -> Optimisers:
         members.append(torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
     else:
         groups.append({"params": matrices, "lr": config.lr, "peak_lr": config.lr})
-    members.append(
-        torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=_can_fuse(matrices))
-    )
+    members.append(torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True))
     return Optimisers(members, {parameter: name for name, parameter in named.items()})
-
-
-def _can_fuse(parameters: Sequence[Tensor]) -> bool:
-    return all(parameter.device.type in {"cpu", "cuda"} for parameter in parameters)
 
 
 def lr_scale(step: int, num_steps: int, *, warmup: float, schedule: str) -> float:

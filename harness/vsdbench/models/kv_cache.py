@@ -93,8 +93,9 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         start = self.length
         if rows[-1] != count - 1:  # otherwise the kept rows already stand together
             first = next(i for i, row in enumerate(rows) if row != i)
+            device = next(iter(self._buffers.values())).device
+            source = torch.tensor([start + row for row in rows[first:]], device=device)
             for buffer in self._buffers.values():
-                source = torch.tensor([start + row for row in rows[first:]], device=buffer.device)
                 buffer[..., start + first : start + count, :] = buffer.index_select(-2, source)
         self.length += count
 
