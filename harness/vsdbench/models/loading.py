@@ -71,3 +71,28 @@ def choose_attention(config: Any) -> str:  # noqa: ANN401 - a transformers confi
     if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
         return "eager"
     return attention.register()
+
+
+def pin_rotary(decoder: nn.Module) -> int | None:
+    """Keep rotary embeddings from changing with the length; return the tokens up to which they would not (None: any).
+
+    Some (``dynamic``, ``longrope``) turn by other angles once a sequence is longer than what the model was first
+    trained for. The guesses at the end of a tree would decide that for tokens that are kept, and the keys in the cache
+    were turned by the old angles.
+    """
+    limits: list[int] = []
+    for module in decoder.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        if not isinstance(kinds, str | dict):
+            continue
+        config: Any = module.config
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer_type, kind in by_layer.items():
+            if "dynamic" in kind:
+                limits.append(config.max_position_embeddings)
+            elif kind == "longrope":
+                parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+                limits.append(parameters["original_max_position_embeddings"])
+        if limits:
+            module.rope_type = "default" if isinstance(kinds, str) else dict.fromkeys(kinds, "default")  # type: ignore[assignment]
+    return min(limits, default=None)

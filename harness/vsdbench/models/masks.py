@@ -69,7 +69,8 @@ class Masks:
     def __init__(self, config: Any, *, groups: int, name: str, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ANN401 - of transformers
         self.window: int | None = getattr(config, "sliding_window", None)
         self._layer_types = set(getattr(config, "layer_types", None) or [])
-        if unknown := self._layer_types - _LAYER_TYPES:
+        own = set(getattr(config, "attention_layers", None) or []) - {"global"}  # GPT-Neo's, which no mask can widen
+        if unknown := (self._layer_types - _LAYER_TYPES) | own:
             raise ConfigError(
                 f"'{name}' has layers of {', '.join(sorted(unknown))}, which cannot verify a tree: "
                 "use a target whose layers are all of full or sliding attention."

@@ -1,9 +1,8 @@
 """The target: any decoder-only model of transformers, driven by two calls: ``prefill`` and ``forward_tree``.
 
 The model's own code computes everything; this file only supplies what tree decoding needs around it: explicit masks
-and positions, a cache that can be compacted, and the drafter's features: the hidden states that enter three layers,
-and the last one. A model that reads images is a target too, if its language model is decoder-only: after the prompt
-there is text alone (``image_prefill`` says how the prompt is read).
+and positions, a cache that can be compacted, and the drafter's features: the states that enter three layers, and the
+last ones. A model that reads images is a target too: after the prompt is text alone (see ``image_prefill``).
 
 Shape legend: L prompt tokens, N draft tokens, C committed tokens in the cache, V vocabulary, H hidden size.
 """
@@ -29,9 +28,10 @@ from vsdbench.models.fused import FusedLayers, agree, can_fuse
 from vsdbench.models.image_prefill import read_images
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import CachePool, PreallocatedCache
-from vsdbench.models.loading import choose_attention, eos_ids, layer_stack, load_model
+from vsdbench.models.loading import choose_attention, eos_ids, layer_stack, load_model, pin_rotary
 from vsdbench.models.masks import Masks
 from vsdbench.models.packed import can_pack, pack, unpack
+from vsdbench.models.probe import check_tree
 from vsdbench.models.state import SequenceState
 
 _CHUNK = 1024
@@ -48,7 +48,7 @@ class Target:
         encoder: Makes its prompts.
         fingerprint: Hash of weights and config.
         hidden_size, vocab_size: H, and V, the width of the logits.
-        max_positions: Tokens that its position embedding allows.
+        max_positions: Tokens that its position embedding allows without changing for a longer sequence.
         feature_layers: The three layers whose inputs are the features, ``(2, n // 2, n - 3)`` as in EAGLE-3.
         eos_ids: Tokens that end an answer.
         masks: Makes its attention masks.
@@ -84,7 +84,8 @@ class Target:
         self.masks = Masks(self.config, groups=groups, name=name, dtype=self.dtype, device=self.device)
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
-        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
+        held = getattr(self.config, "max_position_embeddings", None), pin_rotary(model.get_decoder())
+        self.max_positions: int = min((limit for limit in held if limit), default=sys.maxsize)
         self.embed_tokens: nn.Embedding = model.get_input_embeddings()
         self._stack, self._layers_name = layer_stack(model, self.config.num_hidden_layers, name)
         self.num_layers = len(self._layers())
@@ -99,6 +100,7 @@ class Target:
         self.compiled_layers: CompiledLayers | None = None
         self.not_compiled: str | None = None
         self._compiled_rows = compiled
+        check_tree(self)
         self._fuse()
 
     @classmethod
