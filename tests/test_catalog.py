@@ -34,6 +34,19 @@ def test_entries_have_names_and_descriptions(kind, tmp_path):
     assert [entry["name"] for entry in found] == sorted(entry["name"] for entry in found)
 
 
+def test_what_cannot_be_read_is_listed_as_such(tmp_path, monkeypatch):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites/broken.yaml").write_text("name: [", encoding="utf-8")
+    monkeypatch.setenv("VSDBENCH_DATA", str(tmp_path))
+    suites = {entry["name"]: entry["description"] for entry in catalog.entries("suites")}
+    assert "broken.yaml:" in suites["broken"]
+    assert "cannot be read" not in suites["smoke"]
+    (tmp_path / "runs/torn").mkdir(parents=True)
+    (tmp_path / "runs/torn/manifest.json").write_text("{", encoding="utf-8")
+    [run] = catalog.entries("runs", tmp_path / "runs")
+    assert "manifest.json is not JSON" in run["description"]
+
+
 def test_plugins_are_all_listed():
     assert {"ngram", "draft_model", "eagle3"} <= {entry["name"] for entry in catalog.entries("drafters")}
     assert {"ce", "kl"} <= {entry["name"] for entry in catalog.entries("objectives")}

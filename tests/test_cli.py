@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import vsdbench
 from vsdbench.cli import app, verb
+from vsdbench.cli.common import output, print_json
 from vsdbench.errors import EnvironmentProblemError
 
 VERBS = ("run", "train", "ablate", "compare", "report", "list", "models", "show", "cp", "validate", "schema", "doctor")
@@ -95,11 +96,13 @@ def test_version(call):
         (["run", "mtbanch"], ["'mtbanch'", "Did you mean 'mtbench'?"]),
         (["run", "nowhere/at_all.yaml"], ["nowhere/at_all.yaml"]),
         (["run", "seed=1"], ["No suite was named"]),
+        (["run", "smoke", "mtbanch"], ["'mtbanch'", "Did you mean 'mtbench'?"]),
         (["run", "smoke", "repeets=3"], ["unknown key 'repeets'", "Did you mean 'repeats'?"]),
         (["run", "smoke", "repeats=many"], ["repeats", "'many'"]),
         (["run", "smoke", "drafters.ngrm.type=ngram"], ["'ngrm'", "Did you mean 'ngram'?"]),
         (["train", "eagle3-kl-quikstart"], ["Did you mean 'eagle3-kl-quickstart'?"]),
         (["train", "eagle3-kl-quickstart", "objective.type=kll"], ["'kll'", "kl"]),
+        (["train", ""], ["'' names no recipe"]),
         (["list", "suits"], ["'suits'", "Did you mean 'suites'?"]),
         (["show", "mtbanch"], ["'mtbanch'", "Did you mean 'mtbench'?"]),
         (["cp", "ngram"], ["only suites and recipes can be copied"]),
@@ -119,6 +122,10 @@ def test_a_mistake_is_one_sentence(call, arguments, words):
         (["--device", "abacus"], ["'abacus'", "cpu"]),
         (["--target", "smollm2"], ["'smollm2'", "smollm2-135m-q4"]),
         (["--dry-run", "drafters.ngram.type=ngrm"], ["'ngrm'", "Did you mean 'ngram'?"]),
+        (
+            ["drafters=[{name: b, type: eagle3, recipe: eagle3-kl-quikstart}]"],
+            ["drafter 'b'", "Did you mean 'eagle3-kl-quickstart'?"],
+        ),
     ],
 )
 def test_a_wrong_option_of_a_run_is_one_sentence(call, suite, arguments, words):
@@ -181,6 +188,9 @@ def test_cp_copies_once_and_validate_accepts_the_copy(call, tmp_path):
     ]
     assert call("validate", "mine.yaml").stdout == "mine.yaml: valid suite\n"
     assert fails(call("cp", "smoke", "mine.yaml"), 2, "exists already")
+    assert call("cp", "smoke", "new/folder/").stdout == "new/folder/smoke.yaml\n"
+    below = call("cp", "smoke", "mine.yaml/folder/")
+    assert fails(below, 3, "'mine.yaml/folder' cannot be written or read (Not a directory)")
 
 
 @pytest.mark.parametrize(("kind", "key"), [("suite", "sources"), ("recipe", "objective")])
@@ -206,7 +216,10 @@ def test_dry_run_of_train_prints_one_object(call):
         (EnvironmentProblemError("No such thing: get one."), 3, "No such thing"),
         (KeyboardInterrupt(), 130, "Interrupted"),
         (OSError(28, "No space left on device"), 3, "disk is full"),
+        (PermissionError(13, "Permission denied", "/some/place"), 3, "'/some/place' cannot be written or read"),
         (RuntimeError("CUDA out of memory.\nTried to allocate"), 3, "Out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you asked for 9 bytes"), 3, "smaller target"),
+        (MemoryError(), 3, "Out of memory"),
     ],
 )
 def test_guard_turns_errors_into_exit_codes(capsys, raised, code, word):
@@ -220,6 +233,20 @@ def test_guard_turns_errors_into_exit_codes(capsys, raised, code, word):
     assert out == ""
     assert word in err
     assert len(err.splitlines()) == 1
+
+
+def test_where_nobody_reads_on_the_verb_goes_on(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        output().print("a table")
+        output().print("another")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_json({"runs": []})
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("a bug"), OSError(2, "No such file"), ValueError("a bug")])

@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from vsdbench import clidoc
+from vsdbench.catalog import validate
 from vsdbench.cli import app
 from vsdbench.errors import ConfigError
 from vsdbench.paths import list_data
@@ -53,6 +54,12 @@ def test_links_lead_somewhere():
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).is_file() or target.startswith("https://"), (page.name, target)
+
+
+def test_the_guides_suite_is_valid(tmp_path):
+    [suite] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(suite, encoding="utf-8")
+    assert validate(tmp_path / "mine.yaml") == "suite"
 
 
 def test_readme_tree_leads_somewhere():

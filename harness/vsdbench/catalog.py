@@ -15,7 +15,7 @@ from vsdbench.models.source import list_models
 from vsdbench.paths import cache_dir, list_data, results_dir
 from vsdbench.pictures.settings import BUILT_MODELS, METADATA, built_folder
 from vsdbench.store.store import list_runs, load_manifest
-from vsdbench.suites.schema import SuiteConfig
+from vsdbench.suites.schema import SuiteConfig, check_plugins
 
 KINDS = ("suites", "recipes", "objectives", "drafters", "peers", "models", "runs")
 
@@ -70,7 +70,8 @@ def copy(name: str, destination: Path) -> Path:
     kind, path, _ = find(name)
     if path is None:
         raise ConfigError(f"'{name}' is a {kind}, not a file: only suites and recipes can be copied.")
-    target = destination / path.name if destination.is_dir() else destination
+    is_file = destination.suffix in {".yaml", ".yml"} and not destination.is_dir()
+    target = destination if is_file else destination / path.name
     if target.exists():
         raise ConfigError(f"'{target}' exists already: choose another name or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,23 +88,18 @@ def validate(path: Path) -> str:
     data = load_yaml(path)
     if "sources" in data or "modes" in data:
         suite = parse(SuiteConfig, data, where=str(path))
-        for entry in suite.drafters:
-            registry.load("vsdbench.drafters", entry.type)
-            if entry.recipe is not None:
-                try:
-                    registry.load("vsdbench.trainers", "load")(entry.recipe)
-                except ConfigError as error:
-                    raise ConfigError(f"{path}: drafter '{entry.name}': {error}") from error
-        for peer in suite.peers:
-            registry.load("vsdbench.peers", peer.type)
+        check_plugins(suite, str(path))
         return "suite"
     registry.load("vsdbench.trainers", "check")(data, str(path))
     return "recipe"
 
 
 def _from_yaml(name: str, path: Path) -> dict[str, Any]:
-    data = load_yaml(path)
-    return {"name": name, "description": data.get("description", ""), "path": str(path)}
+    try:
+        description = load_yaml(path).get("description", "")
+    except ConfigError as error:  # one broken file must not hide the others
+        description = f"cannot be read: {error}"
+    return {"name": name, "description": description, "path": str(path)}
 
 
 def _from_plugins(group: registry.Group) -> list[dict[str, Any]]:
@@ -120,8 +116,11 @@ def _documentation(plugin: Any) -> str:  # noqa: ANN401 - whatever the plug-in r
 
 
 def _from_run(run: Path) -> dict[str, Any]:
-    manifest = load_manifest(run)
-    description = f"{manifest.get('target')} · {manifest.get('dtype')} · {manifest.get('status')}"
+    try:
+        manifest = load_manifest(run)
+        description = f"{manifest.get('target')} · {manifest.get('dtype')} · {manifest.get('status')}"
+    except ConfigError as error:
+        description = f"cannot be read: {error}"
     return {"name": run.name, "description": description, "path": str(run)}
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")
+
 
 class VsdbenchError(Exception):
     """Base of every error that is the user's to fix; ``exit_code`` is what the process ends with."""
@@ -31,6 +33,25 @@ class EnvironmentProblemError(VsdbenchError):
     """The machine cannot do it: hub unreachable, wrong sha256, disk full, out of memory, no such device."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of what an error says, or its name where it says nothing.
+
+    >>> first_line(ValueError("one\ntwo")), first_line(KeyError())
+    ('one', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that this machine or a device has no memory left, in any of torch's ways to say so.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+    True
+    """
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

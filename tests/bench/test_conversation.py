@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vsdbench.bench.conversation import check_images, encode_turn
+from vsdbench.bench.conversation import check_prompts, encode_turn
 from vsdbench.errors import ConfigError
 from vsdbench.suites.prompts import make_prompt
 from vsdbench.suites.schema import Generation
@@ -16,6 +16,8 @@ IMAGES = tuple(SimpleNamespace(sha256=word, open=lambda word=word: word) for wor
 
 class Noting:
     """A target that says what it was asked to encode."""
+
+    name, max_positions = "noting", 3
 
     def encode_chat(self, messages):
         return [(message["role"], message["content"], message.get("images", ())) for message in messages]
@@ -49,9 +51,22 @@ def test_a_suite_with_images_is_tried_before_anything_else():
         def encode_chat(self, messages):
             if any("images" in message for message in messages):
                 raise ConfigError("blind")
-            return []
+            return messages
 
     config = SimpleNamespace(generation=Generation(max_new_tokens=4))
-    check_images(Blind(), SimpleNamespace(config=config, prompts=[prompt("a")]))
+    check_prompts(Blind(), SimpleNamespace(config=config, prompts=[prompt("a")]))
     with pytest.raises(ConfigError, match="blind"):
-        check_images(Blind(), SimpleNamespace(config=config, prompts=[prompt("a"), prompt("b", images=IMAGES)]))
+        check_prompts(Blind(), SimpleNamespace(config=config, prompts=[prompt("a"), prompt("b", images=IMAGES)]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [([], "has no tokens at turn 1"), ([1] * 3, "has 3 tokens at turn 1, but 'noting' holds 3")]
+)
+def test_prompts_without_tokens_or_room_are_named_before_anything_else(tokens, words):
+    class Fixed(Noting):
+        def encode_chat(self, messages):
+            return tokens if messages[-1]["content"] == "b" else [1, 1]
+
+    config = SimpleNamespace(generation=Generation(max_new_tokens=4))
+    with pytest.raises(ConfigError, match=f"The prompt 's/0' {words}"):
+        check_prompts(Fixed(), SimpleNamespace(config=config, prompts=[prompt("a"), prompt("b")]))

@@ -15,7 +15,7 @@ from tests.decoding.tiny import (
     tree_of,
 )
 
-from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
+from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode, decode_together
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
 
@@ -174,10 +174,30 @@ def test_the_context_is_filled_and_not_exceeded(target, shape):
     assert expected.stop_reason == drafted.stop_reason == "context"
 
 
+def test_guesses_past_the_end_need_no_positions():
+    target = make_target("gpt2")  # a table of positions, no longer than the context
+    prompt = make_prompt(target.max_positions - 4)
+    chosen = settings(24)
+    expected = plain(target, prompt, chosen)
+    for seed in range(3):
+        drafter = AdversarialDrafter(expected, len(prompt), seed)
+        assert decode(target, drafter, prompt, chosen).token_ids == expected
+    drafters = [AdversarialDrafter(expected, len(prompt), seed) for seed in range(2)]
+    both = decode_together(target, drafters, [prompt] * 2, [chosen] * 2)
+    assert [answer.token_ids for answer in both] == [expected] * 2
+
+
 @pytest.mark.parametrize("extra", [0, 5])
 def test_a_prompt_as_long_as_the_context_is_refused(target, extra):
     with pytest.raises(ConfigError, match="shorten the prompt"):
         decode(target, Autoregressive(), make_prompt(target.max_positions + extra), settings(4))
+
+
+def test_logits_that_are_not_numbers_are_one_sentence():
+    target = make_target()
+    target.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ConfigError, match="a prompt of 11 tokens the target's logits are not numbers in float64"):
+        plain(target, PROMPT, settings(4))
 
 
 def test_an_empty_prompt_is_refused(target):

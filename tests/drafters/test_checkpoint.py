@@ -6,9 +6,10 @@ import errno
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from vsdbench.errors import ConfigError, EnvironmentProblemError
-from vsdbench_drafters.training import checkpoint
+from vsdbench_drafters.architectures import checkpoints
 from vsdbench_drafters.training.checkpoint import load_state, save_state
 
 GROUPS = {"model": {"a.weight": torch.arange(6.0).view(2, 3)}, "optimiser": {"a.weight/step": torch.tensor(7.0)}}
@@ -39,17 +40,26 @@ def test_a_damaged_state_ends_in_one_sentence(tmp_path):
         load_state(path, key="k")
 
 
-def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_keeps_the_last_state_and_the_last_drafter(tmp_path, monkeypatch, error):
     path = tmp_path / "resume.safetensors"
     save_state(path, GROUPS, step=1, key="k")
+    checkpoints.write_tensors(tmp_path, GROUPS["model"], {})
 
     def full(_tensors, file, metadata):
         file.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(EnvironmentProblemError, match="disk is full"):
-        save_state(path, GROUPS, step=2, key="k")
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    for write in (
+        lambda: save_state(path, GROUPS, step=2, key="k"),
+        lambda: checkpoints.write_tensors(tmp_path, {}, {}),
+    ):
+        with pytest.raises(EnvironmentProblemError, match="disk is full"):
+            write()
     monkeypatch.undo()
     assert load_state(path, key="k")[1] == 1
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert checkpoints.read_tensors(tmp_path).keys() == GROUPS["model"].keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", path.name]

@@ -203,6 +203,14 @@ def test_grounded_data_is_made_from_grounded_prompts(target):
         assert "It was found in" in text  # every one gives the lead
 
 
+def test_a_target_that_says_nothing_new_ends_in_one_sentence(monkeypatch):
+    silent = ByteTarget()
+    silent.eos_ids = frozenset(range(300))  # every answer is its end
+    monkeypatch.setattr(data_module, "_MAX_IDLE", 40)
+    with pytest.raises(ConfigError, match=r"of \d+ answers the last 40 were empty or had been given before"):
+        make(silent)
+
+
 def test_prompts_that_never_fit_are_an_error(target, monkeypatch):
     monkeypatch.setattr(data_module, "_MAX_SKIPPED", 30)
     with pytest.raises(ConfigError, match="max_prompt_tokens"):

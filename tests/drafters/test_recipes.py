@@ -43,6 +43,8 @@ def test_overrides_and_unknown_keys():
         load_recipe(path, ["training.lrr=1"])
     with pytest.raises(ConfigError, match="betas are"):
         load_recipe(path, ["training.betas=[0.9, 1.0]"])
+    with pytest.raises(ConfigError, match=r"'data.temperatures.1' is -1"):
+        load_recipe(path, ["data.temperatures=[0, -1]"])
     with pytest.raises(ConfigError, match="unknown objective 'kll'"):
         load_recipe(path, ["objective.type=kll"])
 

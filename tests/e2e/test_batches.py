@@ -61,3 +61,11 @@ def test_a_mistake_ends_with_2(workspace, change, said):
     assert result.code == 2
     assert said in result.said
     assert workspace.runs == []
+
+
+def test_a_target_that_decodes_one_at_a_time_is_refused_before_anything_is_decoded(workspace, monkeypatch):
+    monkeypatch.setattr("vsdbench.models.target.choose_attention", lambda _config: "eager")
+    result = workspace.run(*BATCHED, GREEDY)
+    assert result.code == 2
+    assert "which decodes one sequence at a time" in result.said
+    assert workspace.runs == []

@@ -192,7 +192,9 @@ def test_two_suites_in_one_command_make_two_runs(workspace):
         second, "--json", "--limit", "1", "repeats=1", "modes=[{name: greedy, temperature: 0, rule: greedy}]"
     )
     assert result.code == 0
-    assert [json.loads(line)["suite"] for line in result.out.splitlines()] == ["tiny", "second"]
+    printed = json.loads(result.out)  # one object, however many suites
+    assert printed["schema"] == 1
+    assert [run["suite"] for run in printed["runs"]] == ["tiny", "second"]
     assert [path.parent.name.partition("-")[0] for path in workspace.runs] == ["second", "tiny"]
 
 
@@ -211,7 +213,7 @@ def test_a_lossy_rule_ends_with_1_and_all_suites_are_still_run(workspace, monkey
     assert result.code == 1
     assert "not lossless" in result.said
     assert "error: " in result.err
-    rows = [row for line in result.out.splitlines() for row in json.loads(line)["results"] if row["category"] is None]
+    rows = [row for run in json.loads(result.out)["runs"] for row in run["results"] if row["category"] is None]
     violations = sum(row["lossless"]["violations"] for row in rows)
     assert violations
     assert f"{violations} answers differ" in result.said
@@ -252,6 +254,7 @@ def test_a_prompt_longer_than_the_context_is_named(workspace):
     assert result.code == 2
     assert "local/long" in result.said
     assert "256" in result.said
+    assert workspace.runs == []  # before anything was decoded
 
 
 def test_a_wheel_with_another_sha256_ends_with_3(workspace, monkeypatch):

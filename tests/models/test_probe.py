@@ -50,6 +50,13 @@ def test_models_that_go_by_anything_but_mask_and_position_are_refused(kind, chan
         Target(make_model(kind, **changes, **special), None, name="odd", fingerprint="0" * 16)
 
 
+def test_a_model_that_computes_no_numbers_is_refused():
+    model = make_model("llama", **_SIZE, **_HEADS)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match="'odd' computes no numbers in float32: use --dtype bf16 or fp32"):
+        Target(model, None, name="odd", fingerprint="0" * 16)
+
+
 @pytest.mark.parametrize("kind", GROWING)
 def test_guesses_beyond_the_first_training_change_nothing_before_it(kind):
     longest = 8 * BEFORE if kind == "phi3" else BEFORE

@@ -219,6 +219,19 @@ def test_the_pinned_hash_is_checked_unless_the_sources_were_overridden(make_suit
     assert len(load_suite(wrong, ["sources.local.limit=3"]).prompts) == 3
 
 
+def test_texts_may_hold_any_line_separator_and_the_file_a_byte_order_mark(tmp_path: Path) -> None:
+    rows = [{"text": "one\u2028two\u2029three\x85four"}, {"text": "five"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read_rows(tmp_path / "rows.jsonl", "jsonl") == rows
+
+
+def test_half_a_surrogate_pair_is_no_text(make_suite: MakeSuite, tmp_path: Path) -> None:
+    path = make_suite()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0] | {"text": "\ud83d"}) + "\n")
+    assert r"column 'text' must hold a text, but one row has '\ud83d'" in _refused(path)
+
+
 def test_json_and_gzip_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b'{"x": 1}\n{"x": 2}\n'))
     (tmp_path / "b.json").write_text('{"first": {"x": 1}}')

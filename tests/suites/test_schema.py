@@ -81,6 +81,7 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
         ({"drafters": [{"name": "hf-generate", "type": "ngram"}]}, "the name 'hf-generate' is used twice"),
         ({"sources": MINIMAL["sources"] * 2}, "the name 'local' is used twice among the sources"),
         ({"baselines": ["autoregressive"] * 2}, "the name 'autoregressive' is used twice"),
+        ({"baselines": ["hf-generate"]}, "baselines is ['hf-generate']: 'autoregressive' must be among them"),
         ({"sources": []}, "'sources' is []"),
         ({"drafters": [{"name": "a b", "type": "ngram"}]}, "'drafters.0.name' is 'a b': it should match pattern"),
         ({"drafters": [{"name": "a", "type": "ngram", "tree": {"depth": 8}}]}, "depth 8 does not fit a budget of 7"),

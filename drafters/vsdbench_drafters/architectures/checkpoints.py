@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vsdbench.errors import ConfigError
+from vsdbench.errors import ConfigError, EnvironmentProblemError
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
@@ -62,12 +63,33 @@ def read_tensors(folder: Path, also: Sequence[str] = ()) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, its folder made, that appears whole or not at all.
+
+    Raises:
+        EnvironmentProblemError: The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or "No space left" in str(error):
+            raise EnvironmentProblemError(f"the disk is full: {path} cannot be written; free some space.") from error
+        raise
+    partial.replace(path)
+
+
 def write_tensors(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write ``config.json`` and ``model.safetensors``; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(folder / "model.safetensors")
+    """Write ``config.json`` and ``model.safetensors``; each appears whole or not at all.
+
+    Raises:
+        EnvironmentProblemError: The disk is full.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_whole(folder / "model.safetensors", plain)
     partial = folder / "config.json.partial"
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(folder / "config.json")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import ConfigError
+from vsdbench_drafters.architectures.checkpoints import save_whole
 
 
 def save_state(path: Path, groups: dict[str, dict[str, Tensor]], *, step: int, key: str) -> None:
@@ -24,22 +23,12 @@ def save_state(path: Path, groups: dict[str, dict[str, Tensor]], *, step: int, k
     Raises:
         EnvironmentProblemError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = {
         f"{group}:{name}": tensor.detach().cpu().clone().contiguous()
         for group, tensors in groups.items()
         for name, tensor in tensors.items()
     }
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(flat, partial, metadata={"step": str(step), "key": key})
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or "No space left" in str(error):
-            raise EnvironmentProblemError(f"the disk is full: {path} cannot be written; free some space.") from error
-        raise
-    partial.replace(path)
+    save_whole(path, flat, {"step": str(step), "key": key})
 
 
 def load_state(path: Path, *, key: str) -> tuple[dict[str, dict[str, Tensor]], int] | None:

@@ -29,9 +29,13 @@ def split_name(name: str | Path) -> tuple[str, str | None, int | None]:
 
     >>> split_name("quickstart:vsd@2"), split_name("quickstart")
     (('quickstart', 'vsd', 2), ('quickstart', None, None))
+
+    Raises:
+        ConfigError: The name is empty.
     """
     found = _MEMBER.match(str(name))
-    assert found is not None  # anything that is not empty matches
+    if found is None:
+        raise ConfigError(f"{str(name)!r} names no recipe: write NAME, NAME:ARM or NAME:ARM@SEED.")
     seed = found["seed"]
     return found["base"], found["arm"], None if seed is None else int(seed)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _SHARD_SEQUENCES = 128
 _MAX_SKIPPED = 1000
+_MAX_IDLE = 2000
+"""Answers in a row that add nothing new, after which no more are asked for."""
 
 
 class DataConfig(Config):
@@ -70,7 +72,7 @@ class DataConfig(Config):
     num_tokens: int = Field(default=400_000, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     max_prompt_tokens: int = Field(default=320, ge=1)
-    temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1)
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.0, 1.0), min_length=1)
     seed: int = Field(default=0, ge=0)
     slots: int = Field(default=128, ge=1)
     num_heldout: int = Field(default=64, ge=0)
@@ -216,7 +218,7 @@ class _Maker:
         self._seen: set[bytes] = set()
         self._num = {"train": _Tally(), "heldout": _Tally()}
         self._unsaved: list[Answer] = []
-        self._in_flight = 0
+        self._in_flight = self._idle = 0
         for answer in folder.load_shards().values():
             self._note(answer)
 
@@ -301,10 +303,18 @@ class _Maker:
     # ---- what was answered ----
 
     def _keep(self, answer: Answer) -> None:
+        before = len(self._seen)
         self._note(answer)
         self._unsaved.append(answer)
         if len(self._unsaved) >= _SHARD_SEQUENCES:
             self._flush()
+        self._idle = self._idle + 1 if len(self._seen) == before else 0
+        if self._idle >= _MAX_IDLE:
+            raise ConfigError(
+                f"of {len(self._answers)} answers the last {self._idle} were empty or had been given before, and "
+                f"{self._num['train'].tokens} of {self._config.num_tokens} tokens are made: this target has no more to "
+                "say; lower 'data.num_tokens', or train for another."
+            )
 
     def _digest(self, answer: Answer) -> bytes:
         """Return what makes an answer one of its kind: of two equal ones to texts, one is kept; images differ."""

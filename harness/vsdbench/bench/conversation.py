@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vsdbench.errors import ConfigError
+
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
     from vsdbench.suites.loaders import Suite
     from vsdbench.suites.prompts import Prompt
     from vsdbench.suites.schema import Generation
+
+
+def check_length(target: Target, prompt: Prompt, tokens: Sequence[int], turn: int = 0) -> None:
+    """See that a turn's tokens leave room for an answer.
+
+    Raises:
+        ConfigError: They do not, or there are none.
+    """
+    if not tokens:
+        raise ConfigError(f"The prompt '{prompt.id}' has no tokens at turn {turn + 1}: give it a text or leave it out.")
+    if len(tokens) >= target.max_positions:
+        raise ConfigError(
+            f"The prompt '{prompt.id}' has {len(tokens)} tokens at turn {turn + 1}, but "
+            f"'{target.name}' holds {target.max_positions}: shorten it, or set max_turns."
+        )
 
 
 def encode_turn(target: Target, prompt: Prompt, generation: Generation, answers: Sequence[str] = ()) -> Sequence[int]:
@@ -39,12 +56,13 @@ def encode_turn(target: Target, prompt: Prompt, generation: Generation, answers:
     return target.encode_chat(messages)
 
 
-def check_images(target: Target, suite: Suite) -> None:
-    """See that the target can read a suite's images, by its first prompt that has any.
+def check_prompts(target: Target, suite: Suite) -> None:
+    """See that the target can read all first turns of a suite; of those with images, which take long, the first.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: It cannot, or one is too long for it.
     """
     seeing = next((prompt for prompt in suite.prompts if prompt.images), None)
-    if seeing is not None:
-        encode_turn(target, seeing, suite.config.generation)
+    for prompt in suite.prompts:
+        if not prompt.images or prompt is seeing:
+            check_length(target, prompt, encode_turn(target, prompt, suite.config.generation))

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vsdbench import registry
 from vsdbench.bars import counting_bars
 from vsdbench.bench.auto_tree import calibration_prompts
 from vsdbench.bench.batch_runner import check_batches, run_batches
-from vsdbench.bench.conversation import check_images
+from vsdbench.bench.conversation import check_prompts
 from vsdbench.bench.examples import keep_examples
 from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.methods import Method, build_methods
@@ -32,11 +31,13 @@ from vsdbench.models.compiled import describe
 from vsdbench.models.device import choose_device, choose_dtype
 from vsdbench.models.source import fetch_model
 from vsdbench.models.target import Target
+from vsdbench.models.together import check_together
 from vsdbench.paths import results_dir
 from vsdbench.provenance import machine
 from vsdbench.store.batches import load_batches
 from vsdbench.store.store import RunStore, find_run, list_runs, load_manifest, load_records
 from vsdbench.suites.loaders import Suite, load_suite
+from vsdbench.suites.schema import check_plugins
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,15 +144,13 @@ def run_suite(
         InterruptedRunError: Ctrl-C; everything measured so far is kept.
     """
     suite = open_suite(name, options, console)
-    for entry in suite.config.drafters:
-        registry.load("vsdbench.drafters", entry.type)  # an unknown one is an error before anything is loaded
-    for peer in suite.config.peers:
-        registry.load("vsdbench.peers", peer.type)
+    check_plugins(suite.config, str(suite.path))
     check_batches(suite)
     for note in suite.notes:
         console.print(f"[yellow]note:[/] {note}")
     target = load_target(suite.config.target, replace(options, compiled=suite.config.compiled_rows), console)
-    check_images(target, suite)  # before anything is trained
+    check_prompts(target, suite)  # before anything is trained
+    check_together(target, max(suite.config.batch_sizes))
     if any(entry.images == "shuffled" for entry in suite.config.drafters):
         exchanged_prompts(suite)  # likewise
     key = run_key(suite, target)

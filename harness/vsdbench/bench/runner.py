@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vsdbench.bench.conversation import encode_turn
+from vsdbench.bench.conversation import check_length, encode_turn
 from vsdbench.bench.diagnostics import diagnose
 from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.lossless import compare
@@ -20,7 +20,6 @@ from vsdbench.bench.methods import REFERENCE, Method
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
-from vsdbench.errors import ConfigError
 from vsdbench.models.compiled import num_graphs
 from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.store.records import Record, RecordKey, Steps, Tree, hash_tokens
@@ -139,11 +138,7 @@ class Runner:
         order = list(enumerate(self._shuffled(block)))
         todo = [(place, method) for place, method in order if self._key(block, method) not in self.store.done]
         prompt = self.encode(block)
-        if len(prompt) >= self.target.max_positions:
-            raise ConfigError(
-                f"The prompt '{block.prompt.id}' has {len(prompt)} tokens at turn {block.turn + 1}, but "
-                f"'{self.target.name}' holds {self.target.max_positions}: shorten it, or set max_turns."
-            )
+        check_length(self.target, block.prompt, prompt, block.turn)
         waiting: list[_Decoded] = []
         for place, method in todo:
             settings = self.settings(block, method)

@@ -20,6 +20,7 @@ from vsdbench.cli.common import (
     TrustRemoteCode,
     app,
     notes,
+    output,
     print_json,
     split_items,
     verb,
@@ -156,8 +157,6 @@ def ablate(  # noqa: PLR0917 - a command's options
 
 
 def _print_estimate(plan: Plan, options: RunOptions, console: Console, *, as_json: bool) -> None:
-    from rich.console import Console
-
     from vsdbench.ablation.run import estimate_ablation
     from vsdbench.ablation.show import print_estimate
 
@@ -167,7 +166,7 @@ def _print_estimate(plan: Plan, options: RunOptions, console: Console, *, as_jso
     if as_json:
         print_json(estimate)
     else:
-        print_estimate(estimate, Console(highlight=False))
+        print_estimate(estimate, output(highlight=False))
 
 
 def _run(plan: Plan, options: RunOptions, console: Console, *, as_json: bool, report: bool, strict: bool) -> None:
@@ -176,8 +175,6 @@ def _run(plan: Plan, options: RunOptions, console: Console, *, as_json: bool, re
     Raises:
         GateError: An answer was not lossless, or under ``strict`` the machine was too noisy.
     """
-    from rich.console import Console
-
     from vsdbench.ablation.run import run_ablation
     from vsdbench.ablation.show import print_result, write_forest
     from vsdbench.bench.checks import enforce
@@ -188,8 +185,8 @@ def _run(plan: Plan, options: RunOptions, console: Console, *, as_json: bool, re
     if as_json:
         print_json(result)
     else:
-        print_result(result, Console(highlight=False))
-        print_detectable(summary, Console())
+        print_result(result, output(highlight=False))
+        print_detectable(summary, output())
     warn_of_noise(summary, console)
     console.print(f"records and {len(figures)} figures: {folder}", soft_wrap=True, markup=False)
     if report:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from vsdbench.errors import VsdbenchError
+from vsdbench.errors import VsdbenchError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,11 @@ app = typer.Typer(
 )
 
 P = ParamSpec("P")
+
+_NO_PLACE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+)
+"""What is wrong with a place that the user named, not with the program."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
@@ -63,17 +68,25 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             _fail("Interrupted; what was finished is kept, and the same command goes on from there.", 130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+            _nobody_reads()
+        except (OSError, RuntimeError, MemoryError) as error:
+            sentence = _of_the_machine(error)
+            if sentence is None:
                 raise
-            _fail("The disk is full: free some space (see `vsdbench doctor` for the cache) and run again.", 3)
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
-                raise
-            _fail(f"Out of memory: use a smaller target, tree or --dtype bf16 ({str(error).splitlines()[0]}).", 3)
+            _fail(sentence, 3)
 
     return guarded
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """Return what the user can do about an error, or None where it is a bug."""
+    if is_out_of_memory(error):
+        return f"Out of memory: use a smaller target, tree or --dtype bf16 ({first_line(error)})."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "The disk is full: free some space (see `vsdbench doctor` for the cache) and run again."
+    if isinstance(error, OSError) and error.errno in _NO_PLACE and error.filename is not None:
+        return f"'{error.filename}' cannot be written or read ({error.strerror}): choose another place."
+    return None
 
 
 def _fail(message: str, code: int) -> None:
@@ -88,6 +101,27 @@ def notes(*, quiet: bool = False) -> Console:
     return Console(stderr=True, quiet=quiet, highlight=False)
 
 
+def output(*, highlight: bool = True) -> Console:
+    """Return the console of what was asked for: stdout.
+
+    Where nobody reads on (``| head``) the rest goes nowhere and the verb goes on: its exit code is still to come.
+    """
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            _nobody_reads()
+
+    return Output(highlight=highlight)
+
+
+def _nobody_reads() -> None:
+    """Send the rest of stdout nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def warn_of_noise(summary: Summary, console: Console) -> None:
     """Print a warning for every A/A control of a run that does not hold 1."""
     from rich.text import Text
@@ -100,7 +134,10 @@ def warn_of_noise(summary: Summary, console: Console) -> None:
 
 def print_json(data: object) -> None:
     """Write one JSON value to stdout."""
-    typer.echo(json.dumps(data, ensure_ascii=False, allow_nan=False))
+    try:
+        typer.echo(json.dumps(data, ensure_ascii=False, allow_nan=False))
+    except BrokenPipeError:
+        _nobody_reads()
 
 
 def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:

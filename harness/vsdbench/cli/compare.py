@@ -15,6 +15,7 @@ from vsdbench.cli.common import (
     TargetName,
     app,
     notes,
+    output,
     print_json,
     verb,
 )
@@ -49,7 +50,7 @@ def compare(  # noqa: PLR0917 - a command's options
             "point (the estimate), or lower (any of the interval: shown to be no worse, or failed).",
         ),
     ] = "interval",
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     target: TargetName = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -65,7 +66,6 @@ def compare(  # noqa: PLR0917 - a command's options
     first: [bold]vsdbench compare old/ new/ --suite quickstart[/bold]; --target, --device, --dtype and --limit are for
     that alone.
     """
-    from rich.console import Console
     from rich.text import Text
 
     from vsdbench.bench.compare import compare as compare_sides
@@ -92,5 +92,5 @@ def compare(  # noqa: PLR0917 - a command's options
     if as_json:
         print_json(comparison)
     else:
-        print_comparison(comparison, Console())
+        print_comparison(comparison, output())
     enforce(comparison["gates"])

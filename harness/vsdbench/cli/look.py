@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from vsdbench.cli.common import Device, Diagnostics, Json, Quiet, Results, app, notes, print_json, verb, warn_of_noise
+from vsdbench.cli.common import (
+    Device,
+    Diagnostics,
+    Json,
+    Quiet,
+    Results,
+    app,
+    notes,
+    output,
+    print_json,
+    verb,
+    warn_of_noise,
+)
 
 
 @app.command("list")
@@ -74,8 +86,6 @@ def show(  # noqa: PLR0917 - a command's options
 
 
 def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
-    from rich.console import Console
-
     from vsdbench.bench.summary import summarise
     from vsdbench.report.tables import print_summary
     from vsdbench.store.batches import load_batches
@@ -90,18 +100,16 @@ def _show_run(run: Path, *, as_json: bool, diagnostics: bool) -> None:
         if as_json:
             print_json(result)
             return
-        print_result(result, Console(highlight=False))
+        print_result(result, output(highlight=False))
     summary = summarise(records, manifest=manifest, batches=load_batches(run))
     if as_json:
         print_json(summary)
     else:
-        print_summary(summary, Console(), diagnostics=diagnostics)
+        print_summary(summary, output(), diagnostics=diagnostics)
         warn_of_noise(summary, notes(quiet=False))
 
 
 def _show_spans(run: Path, drafters: list[str], *, as_json: bool) -> None:
-    from rich.console import Console
-
     from vsdbench.bench.spans import drawn, to_json
     from vsdbench.errors import ConfigError
     from vsdbench.report.spans import print_spans
@@ -119,7 +127,7 @@ def _show_spans(run: Path, drafters: list[str], *, as_json: bool) -> None:
         context = {"schema": 1, "run_id": run.name, "mode": examples.mode, "temperature": examples.temperature}
         print_json(context | {"chosen_by": examples.drafters[0], "examples": [to_json(example) for example in found]})
     else:
-        print_spans(examples, found, Console(highlight=False))
+        print_spans(examples, found, output(highlight=False))
 
 
 @app.command()
@@ -164,8 +172,6 @@ def schema(
 @verb
 def doctor(device: Device = "auto", as_json: Json = False, quiet: Quiet = False) -> None:
     """Look at this machine: device, dtype, bandwidth, caches, what is missing and the command that fixes it."""
-    from rich.console import Console
-
     from vsdbench.doctor import examine, print_examination
 
     with notes(quiet=quiet or as_json).status("measuring"):
@@ -173,4 +179,4 @@ def doctor(device: Device = "auto", as_json: Json = False, quiet: Quiet = False)
     if as_json:
         print_json(report)
     else:
-        print_examination(report, Console(highlight=False))
+        print_examination(report, output(highlight=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from vsdbench.cli.common import (
     TrustRemoteCode,
     app,
     notes,
+    output,
     print_json,
     required,
     split_items,
@@ -66,6 +68,7 @@ def run(  # noqa: PLR0917 - a command's options
     from vsdbench.bench.checks import enforce
     from vsdbench.bench.run import RunOptions
     from vsdbench.errors import ConfigError
+    from vsdbench.suites.loaders import load_config
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("vsdbench run measures with one process; start it without torchrun, which is for train.")
@@ -84,45 +87,46 @@ def run(  # noqa: PLR0917 - a command's options
         trust_remote_code=trust_remote_code,
     )
     console = notes(quiet=quiet)
-    summaries: list[Summary] = []
     for name in required(names, "suite", "vsdbench run suites/quickstart.yaml"):
-        if dry_run:
-            _print_estimate(name, options, console, as_json=as_json)
-        else:
-            tables = {"categories": categories, "diagnostics": diagnostics}
-            summaries.append(_run_one(name, options, console, as_json=as_json, **tables))
+        load_config(name, overrides)  # every mistake is found before hours are spent
+    tables = {"categories": categories, "diagnostics": diagnostics}
+    if dry_run:
+        _print_all([_estimate_one(name, options, console, as_json=as_json) for name in names], as_json=as_json)
+        return
+    summaries = [_run_one(name, options, console, as_json=as_json, **tables) for name in names]
+    _print_all(summaries, as_json=as_json)
     enforce(summaries, strict=strict)
 
 
-def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, **tables: bool) -> Summary:
-    """Run a suite, print what it gave and what that can show, and return its summary."""
-    from rich.console import Console
+def _print_all(results: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the results of one or several suites as one JSON value, if that was asked for."""
+    if as_json:
+        print_json(results[0] if len(results) == 1 else {"schema": 1, "runs": results})
 
+
+def _run_one(name: str, options: RunOptions, console: Console, *, as_json: bool, **tables: bool) -> Summary:
+    """Run a suite, print what it gave (JSON apart) and what that can show, and return its summary."""
     from vsdbench.bench.run import run_suite
     from vsdbench.report.figures import write_figures
     from vsdbench.report.tables import print_summary
 
     folder, summary = run_suite(name, options, console)
     figures = write_figures(summary, folder / "figures")
-    if as_json:
-        print_json(summary)
-    else:
-        print_summary(summary, Console(), **tables)
+    if not as_json:
+        print_summary(summary, output(), **tables)
     warn_of_noise(summary, console)
     console.print(f"records and {len(figures)} figures: {folder}", soft_wrap=True, markup=False)
     return summary
 
 
-def _print_estimate(name: str, options: RunOptions, console: Console, *, as_json: bool) -> None:
-    from rich.console import Console
-
+def _estimate_one(name: str, options: RunOptions, console: Console, *, as_json: bool) -> dict[str, Any]:
+    """Return what a run would take, printed (JSON apart)."""
     from vsdbench.bench.estimate import estimate, print_estimate
 
     result = estimate(name, options, console)
-    if as_json:
-        print_json(result)
-    else:
-        print_estimate(result, Console())
+    if not as_json:
+        print_estimate(result, output())
+    return result
 
 
 @app.command()

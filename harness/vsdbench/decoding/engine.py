@@ -280,6 +280,11 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
     synchronize(device)
     started = time.perf_counter()
     state = together.prefill(prompt)
+    if bool(state.next_logits.isnan().any()):
+        raise ConfigError(
+            f"After a prompt of {len(prompt)} tokens the target's logits are not numbers in "
+            f"{str(together.target.dtype).removeprefix('torch.')}: use --dtype bf16 or fp32."
+        )
     generator = torch.Generator().manual_seed(settings.seed)
     sequence = _Sequence(index, state, drafter, settings, end, eos_ids, generator)
     _, first = sequence.judge(empty_tree(device), state.next_logits[None])

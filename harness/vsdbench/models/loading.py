@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
-from vsdbench.errors import ConfigError
+from vsdbench.errors import ConfigError, first_line, is_out_of_memory
 from vsdbench.models import attention
 from vsdbench.models.encoding import load_processor, reads_images
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers raises over folders that are broken, incomplete or of another kind."""
 
 
 def load_model(
@@ -24,7 +38,7 @@ def load_model(
     """Return the model on its device, its tokenizer and, if it reads images, its processor.
 
     Raises:
-        ConfigError: The folder is not a decoder-only model that transformers knows.
+        ConfigError: The folder is not a decoder-only model that transformers knows, or lacks some of its weights.
         EnvironmentProblemError: Its processor needs a package that is not installed.
     """
     logging.disable_progress_bar()
@@ -33,11 +47,18 @@ def load_model(
         config = AutoConfig.from_pretrained(path, **local)
         sees = reads_images(config)
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(path, dtype=dtype, **local).to(device)
+        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **local)
         tokenizer = None if sees else AutoTokenizer.from_pretrained(path, **local)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {reason}") from error
+    except _UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"'{name}' cannot be loaded as a decoder-only model: {first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise ConfigError(
+            f"'{name}' lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]}, ...): "
+            "give a folder that holds the whole model, its language-model head included."
+        )
+    model = model.to(device)
     if not sees:
         return model, tokenizer, None
     processor = load_processor(path, config, name=name, trust_remote_code=trust_remote_code)

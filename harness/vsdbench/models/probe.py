@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vsdbench.decoding.interfaces import TokenTree
-from vsdbench.errors import ConfigError
+from vsdbench.errors import ConfigError, first_line, is_out_of_memory
 from vsdbench.models.fused import agree
 from vsdbench.models.kv_cache import PreallocatedCache
 
@@ -41,8 +41,13 @@ def check_tree(target: Target) -> None:
         alone = _rows(target, prompt, path, range(-1, _NUM_PATH - 1))
         among = _rows(target, prompt, [path[0], *aside, *path[1:]], [*[-1] * (1 + _NUM_ASIDE), 0, *behind])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
         raise ConfigError(f"{_cannot(target)}: its own code stops over one ({reason}). {_INSTEAD}") from error
+    if not bool(torch.isfinite(alone).all()):
+        dtype = str(target.dtype).removeprefix("torch.")
+        raise ConfigError(f"'{target.name}' computes no numbers in {dtype}: use --dtype bf16 or fp32.")
     if not agree(among[1 - _NUM_PATH :], alone[1 - _NUM_PATH :]):
         raise ConfigError(
             f"{_cannot(target)}: it reads a token otherwise when other guesses stand beside it. {_INSTEAD}"

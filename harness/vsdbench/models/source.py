@@ -381,6 +381,8 @@ def _config_without_volatile_keys(file: Path) -> dict[str, object]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{file}' is not valid JSON ({error}); fetch or save the model again.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"'{file}' holds no object, so it is no model's; fetch or save the model again.")
     return {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
 
 

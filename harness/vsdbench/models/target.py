@@ -323,7 +323,7 @@ class Target:
         output = self.model(
             input_ids=ids[None],
             attention_mask=masks,
-            position_ids=positions[None],
+            position_ids=positions[None].clamp(max=self.max_positions - 1),  # guesses past the end are cut anyway
             cache=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,

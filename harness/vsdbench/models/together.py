@@ -31,6 +31,19 @@ if TYPE_CHECKING:
     from vsdbench.models.target import Target
 
 
+def check_together(target: Target, size: int) -> None:
+    """See that a target can decode so many sequences at once.
+
+    Raises:
+        ConfigError: Its attention serves one sequence alone.
+    """
+    if size > 1 and target.attention != attention.NAME:
+        raise ConfigError(
+            f"'{target.name}' runs with attention '{target.attention}', which decodes one sequence at a time: use "
+            "batch size 1, or another target."
+        )
+
+
 class Together:
     """Places for sequences of one target.
 
@@ -49,11 +62,7 @@ class Together:
         self._capacity = capacity
         if size == 1:
             return
-        if target.attention != attention.NAME:
-            raise ConfigError(
-                f"'{target.name}' runs with attention '{target.attention}', which decodes one sequence at a time: use "
-                "batch size 1, or another target."
-            )
+        check_together(target, size)
         pool = target.pool
         if pool is None or len(pool.caches) < size or pool.capacity < capacity:
             target.pool = None  # the old one goes before the new one comes
@@ -169,7 +178,7 @@ class _Rows:
             output: Any = target.model(
                 input_ids=self.ids[None],
                 attention_mask=self._masks,
-                position_ids=positions[None],
+                position_ids=positions[None].clamp(max=target.max_positions - 1),  # as ``Target.forward``
                 use_cache=False,
                 together=self,
             )

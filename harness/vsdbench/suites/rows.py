@@ -189,7 +189,7 @@ def read_rows(path: Path, file_format: FileFormat) -> list[Row]:
     """
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if file_format == "jsonl.gz" else raw).decode()
+        text = (gzip.decompress(raw) if file_format == "jsonl.gz" else raw).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file '{path}'; correct the source's 'path'.") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -197,7 +197,7 @@ def read_rows(path: Path, file_format: FileFormat) -> list[Row]:
     if file_format == "json":
         return _json_rows(path, text)
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what str.splitlines takes for ends of lines
         if line.strip():
             rows.append(_as_row(_parse_json(line, f"{path}:{number}"), f"{path}:{number}"))
     return rows
@@ -216,7 +216,7 @@ def _json_rows(path: Path, text: str) -> list[Row]:
 def _parse_json(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid JSON ({error}).") from error
 
 

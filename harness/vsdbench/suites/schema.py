@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from vsdbench import registry
 from vsdbench.config import Config
 from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule
+from vsdbench.errors import ConfigError
 from vsdbench.suites.sources import Name, Sha256, Source
 
 DrafterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(@[0-9]+)?$")]
@@ -200,6 +202,15 @@ class SuiteConfig(Config):
         return sorted(sizes) if self.compile else []
 
     @model_validator(mode="after")
+    def _plain_decoding_is_a_baseline(self) -> SuiteConfig:
+        if "autoregressive" not in self.baselines:
+            raise ValueError(
+                f"baselines is {list(self.baselines)}: 'autoregressive' must be among them, since every answer is "
+                "compared with its"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_sizes_increase(self) -> SuiteConfig:
         if self.batch_sizes != sorted(set(self.batch_sizes)):
             raise ValueError(f"batch_sizes is {self.batch_sizes}: name each size once, in increasing order")
@@ -230,6 +241,27 @@ class SuiteConfig(Config):
             if twice is not None:
                 raise ValueError(f"the name '{twice}' is used twice among the {what}, where names must be unique")
         return self
+
+
+def check_plugins(config: SuiteConfig, where: str) -> None:
+    """See that what a suite names is there, before anything is loaded or trained: drafters, their recipes, peers.
+
+    Args:
+        config: The suite.
+        where: What a sentence about a recipe starts with: the suite's file.
+
+    Raises:
+        ConfigError: Something is not there, or a recipe is wrong.
+    """
+    for entry in config.drafters:
+        registry.load("vsdbench.drafters", entry.type)
+        if entry.recipe is not None:
+            try:
+                registry.load("vsdbench.trainers", "load")(entry.recipe)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: drafter '{entry.name}': {error}") from error
+    for peer in config.peers:
+        registry.load("vsdbench.peers", peer.type)
 
 
 def json_schema() -> dict[str, Any]:

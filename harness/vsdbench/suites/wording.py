@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import re
 import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from vsdbench.suites.images import ImageRef, references
 from vsdbench.suites.prompts import Prompt, make_prompt
 from vsdbench.suites.rows import Row
 from vsdbench.suites.sources import Choices, SourceBase, Variant, template_columns
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair: JSON can name it alone, but no file and no tokenizer can hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +152,13 @@ def _column(source: SourceBase, row: Row, name: str) -> object:
     return row[name]
 
 
+def _is_text(value: str) -> bool:
+    return bool(value.strip()) and _HALF.search(value) is None
+
+
 def _text(source: SourceBase, row: Row, name: str) -> str:
     value = _column(source, row, name)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not _is_text(value):
         raise ConfigError(f"source '{source.name}': column '{name}' must hold a text, but one row has {value!r}.")
     return value
 
@@ -159,7 +167,7 @@ def _turns(source: SourceBase, row: Row) -> list[str]:
     name = source.fields.turns or ""
     value = _column(source, row, name)
     texts = list(value) if isinstance(value, list | tuple) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(isinstance(text, str) and _is_text(text) for text in texts):
         raise ConfigError(
             f"source '{source.name}': column '{name}' must hold a list of texts, but one row has {value!r}."
         )
