@@ -20,6 +20,7 @@ RUNS = {
     "quickstart": "quickstart-cpu-2026-11-26",
     "mtbench-hour": "mtbench-hour-cpu-2026-11-26",
     "ablation-hour": "ablation-hour-cpu-2026-11-25",
+    "contest-hour": "contest-hour-cpu-2026-11-26",
     "pictures": "pictures-cpu-2026-11-26",
     "ablation-pictures": "ablation-pictures-cpu-2026-11-26",
 }

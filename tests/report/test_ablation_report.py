@@ -155,7 +155,7 @@ def test_findings_say_what_is_established_and_what_is_not():
     assert "τ is higher in `no-kl` by 2.0 % (1.0 to 3.0)" in said
     assert "No change of τ is established for `no-arw`." in said
     assert "control differs: `kl` by" in said
-    assert "of which `kl` is not established" in said
+    assert "2.0 to 0.0), which is not established." in said
     assert "not trained on equally many tokens" in said
 
 
@@ -166,7 +166,7 @@ def contest(*arms):
     warm = arm("warm-start", -2.0, 0.001, control=True, seeds=[])
     arms = [
         one | {"budget": {"wall_s": seconds}}
-        for one, seconds in zip((vsd, *arms, warm), (80, 30, 40, 140, 0), strict=False)
+        for one, seconds in zip((vsd, *arms, warm), (80, 30, 40, 140, *[0] * len(arms)), strict=False)
     ]
     modes = [
         {"mode": "greedy", "temperature": 0.0, "arms": arms},
@@ -205,6 +205,17 @@ def test_nothing_established_and_parts_beside_objectives():
     assert said.count("`no-car`") == 1
 
 
+def test_of_many_differences_that_are_not_established_the_ends_are_told():
+    m = "\N{MINUS SIGN}"
+    many = [arm(f"arm{i}", float(i - 1), 0.5, **objective("kl")) for i in range(5)]
+    told = f"from `arm0` by {m}1.0 % ({m}2.0 to 0.0) to `arm4` by 3.0 % (2.0 to 4.0)."
+    unsure = "not established after Holm's adjustment is any of"
+    assert f"In τ at T = 0, {unsure} the 5 differences from `vsd`, {told}" in findings(contest(*many))
+    first, *_ = findings(contest(*many, arm("ce", 9.0, 0.01, **objective("ce"))))[1:]
+    assert first.startswith("In τ at T = 0, ahead of `vsd` is `ce` by 9.0 %")
+    assert first.endswith(f"; {unsure} 5 others, {told}")
+
+
 def test_the_least_and_the_most_that_training_took():
     both = arm("kl", 1.0, 0.3, **objective("kl")), arm("rkl", 1.0, 0.3, **objective("onpolicy"))
     told = "On as many tokens, the training of one seed took from 30 s (`kl`) to 80 s (`vsd`)."
@@ -220,7 +231,7 @@ def test_the_report_of_a_contest_asks_for_the_objective(store_run):
         one |= {"disabled": [], "change": {"objective": {"type": one["name"], "options": {}}}}
     run = load_run(store_run(ablation_run(), "run-1", ablation=listed))
     document = build([run], title=None, files="r")
-    assert document.title == "Which objective makes decoding faster? A contest on tiny"
+    assert document.title == "Which objective makes decoding faster? Three arms compared on tiny"
     assert re.search(r"In τ at T = 0, behind `vsd` is `no-car` by .* is `no-arw` by", " ".join(document.summary))
     section = next(section for section in document.sections if section.title == "Contest of objectives")
     assert "differs from `vsd` in the objective or the setting that is named" in section.blocks[0]

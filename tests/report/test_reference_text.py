@@ -45,6 +45,7 @@ from tests.report.recorded import (
     source,
     spelled,
     temperatures,
+    trained,
     trees,
 )
 
@@ -54,6 +55,7 @@ CONSTANTS = (
     r"batch size 1\b", r"temperature above 0", r"gives 1 within", r"leaves out [01]\b", r"with 80 % power",
     r"is below 0\.05", r"Fewer than 30 prompts", r"at depth 1 it says", r"to hold 95 % of what is kept",
     r"trees of 60 tokens, depth 7", r"EAGLE-3", r"GSM8K", r"; 1 \+ kept;",
+    r"above 0 where",
 )  # fmt: skip
 """Numbers of the wording itself, which are the same in every report."""
 
@@ -179,20 +181,57 @@ def of_an_ablation(name):
     yield f"and {len(categories(name))} prompts."
     yield f" {spelled(seeds).capitalize()} training seeds an arm;"
     p = adjusted(name, first, "tau")
-    sure = {arm: against_reference(name, arm, first, "tau").value for arm in changed_arms(name) if p[arm] < 0.05}
+    parts = [arm for arm in changed_arms(name) if not is_rival(name, arm)]
+    sure = {arm: against_reference(name, arm, first, "tau").value for arm in parts if p[arm] < 0.05}
     for side, wording in ((-1, "lower, so that what is taken away pays,"), (1, "higher")):
         if told := [told_of(name, arm) for arm, value in sure.items() if side * value > 0]:
             yield f"τ is {wording} in {listed(told)}."
-    if rest := [arm for arm in changed_arms(name) if arm not in sure]:
+    if rest := [arm for arm in parts if arm not in sure]:
         yield f"No change of τ is established for {listed(rest)}."
-    unsure = [arm for arm in control_arms(name) if p[arm] >= 0.05]
-    but = f", of which {listed(unsure)} {'is' if len(unsure) == 1 else 'are'} not established" if unsure else ""
-    told = [told_of(name, arm) for arm in control_arms(name)]
-    yield f"Against {reference(name)}, the controls differ: {listed(told)}{but}."
+    yield from of_rivals(name)
+    controls_ = control_arms(name)
+    unsure = [arm for arm in controls_ if p[arm] >= 0.05]
+    which = f"of which {listed(unsure)} {'is' if len(unsure) == 1 else 'are'}" if len(controls_) > 1 else "which is"
+    but = f", {which} not established" if unsure else ""
+    told = [told_of(name, arm) for arm in controls_]
+    yield f"Against {reference(name)}, the control{'s differ' if len(told) > 1 else ' differs'}: {listed(told)}{but}."
 
 
-def told_of(name, arm):
-    difference = against_reference(name, arm, temperatures(name)[0], "tau")
+def is_rival(name, arm):
+    """Whether an arm is another way to train, and not the reference without a part."""
+    return "objective" in arms(name)[arm]["change"] or not arms(name)[arm]["disabled"]
+
+
+def of_rivals(name):
+    """How other objectives and settings stand to the reference, and what an arm's training took."""
+    rivals = [arm for arm in changed_arms(name) if is_rival(name, arm)]
+    if not rivals:
+        return
+    for temperature in temperatures(name):
+        for measure, words in (("speed", "decoding speed"), ("tau", "τ")):
+            assert min(adjusted(name, temperature, measure)[arm] for arm in rivals) >= 0.05, "say who is ahead"
+            by_size = sorted(rivals, key=lambda arm: against_reference(name, arm, temperature, measure).value)
+            ends = [told_of(name, arm, temperature, measure) for arm in (by_size[0], by_size[-1])]
+            yield (
+                f"In {words} at T = {temperature:g}, not established after Holm's adjustment is any of the "
+                f"{len(rivals)} differences from {reference(name)}, from {ends[0]} to {ends[1]}."
+            )
+    seconds = {
+        arm: np.mean([trained(name)[method]["seconds"] for method in told["methods"]])
+        for arm, told in arms(name).items()
+        if told["seeds"]
+    }
+    least, most = (of(seconds, key=seconds.get) for of in (min, max))
+    took = {arm: fixed(value, 0) for arm, value in seconds.items()}
+    yield (
+        f"On as many tokens, the training of one seed took from {took[least]} s ({least}) to {took[most]} s ({most}); "
+        f"{reference(name)} took {took[reference(name)]} s."
+    )
+
+
+def told_of(name, arm, temperature=None, measure="tau"):
+    lowest = temperatures(name)[0] if temperature is None else temperature
+    difference = against_reference(name, arm, lowest, measure)
     return f"{arm} by {fixed(difference.change_pct, 1)} %{interval(difference.ci_pct, 1)}"
 
 

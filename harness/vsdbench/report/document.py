@@ -87,7 +87,8 @@ def _question(analysis: Mapping[str, Any]) -> str:
     if not is_contest(analysis["arms"]):
         return f"{parts[0].upper()}{parts[1:]}? An ablation"
     has_parts = any(arm["disabled"] for arm in analysis["arms"])
-    return f"Which objective makes decoding faster{f', and {parts}' if has_parts else ''}? A contest"
+    number = spelled(sum(not arm["control"] for arm in analysis["arms"])).capitalize()
+    return f"Which objective makes decoding faster{f', and {parts}' if has_parts else ''}? {number} arms compared"
 
 
 def _subtitle(runs: Sequence[Run]) -> str:

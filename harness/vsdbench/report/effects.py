@@ -29,6 +29,8 @@ from vsdbench.report.model import (
 from vsdbench.report.plots import Effect, arm_panels, forest_figure
 
 _MEASURES = {"speedup": "decoding speed", "tau": "τ"}
+_MANY = 4
+"""Differences that are told one by one; of more, that are not established, the two ends are."""
 
 # --- ablation ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +93,8 @@ def findings(analysis: Mapping[str, Any]) -> list[str]:
              for measure in _MEASURES]  # fmt: skip
     if controls:
         unsure = [named(arm["name"]) for arm in controls if not _certain(arm["p_tau_holm"])]
-        but = f", of which {listed(unsure)} {'is' if len(unsure) == 1 else 'are'} not established" if unsure else ""
+        which = f"of which {listed(unsure)} {_are(unsure)}" if len(controls) > 1 else "which is"
+        but = f", {which} not established" if unsure else ""
         differ = "the controls differ" if len(controls) > 1 else "the control differs"
         said.append(
             f"Against {named(analysis['reference'])}, {differ}: {listed([_told(arm) for arm in controls])}{but}."
@@ -121,10 +124,18 @@ def _standings(mode: Mapping[str, Any], reference: str, measure: str) -> str:
         if group
     ]
     if unsure:
-        whether = f"{_are(unsure)} " if sure else f"is any difference from {named(reference)}: "
-        told = listed([_told(arm, measure) for arm in unsure])
-        groups.append(f"not established after Holm's adjustment {whether}{told}")
+        groups.append(f"not established after Holm's adjustment {_unsure(unsure, reference, measure, alone=not sure)}")
     return f"In {_MEASURES[measure]} at T = {mode['temperature']:g}, {'; '.join(groups)}."
+
+
+def _unsure(arms: Sequence[Mapping[str, Any]], reference: str, measure: str, *, alone: bool) -> str:
+    """Return the differences of these arms, of many the lowest and the highest; ``alone``: there are no others."""
+    if len(arms) <= _MANY:
+        told = listed([_told(arm, measure) for arm in arms])
+        return f"is any difference from {named(reference)}: {told}" if alone else f"{_are(arms)} {told}"
+    by_size = sorted(arms, key=lambda arm: float(arm[f"delta_{measure}_pct"]))
+    whose = f"any of the {len(arms)} differences from {named(reference)}" if alone else f"any of {len(arms)} others"
+    return f"is {whose}, from {_told(by_size[0], measure)} to {_told(by_size[-1], measure)}"
 
 
 def _are(group: Sequence[object]) -> str:
