@@ -1,4 +1,4 @@
-"""Data folders: flag, then environment, then the nearest checkout, then the package."""
+"""Data folders: the environment's, then the nearest checkout, then the package."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def _suite(root: Path, name: str, folder: str = "suites") -> Path:
     return path
 
 
-def test_outside_any_checkout_the_package_answers() -> None:
+def test_outside_any_checkout_the_package_answers(tmp_path: Path) -> None:
     assert set(paths.list_data("suites")) == {"packaged", "both"}
-    found = paths.locate("suites", "packaged")
-    assert (found.origin, found.note) == ("package", None)
+    packaged = tmp_path / "site" / "deep" / "vsdbench" / "data" / "suites" / "packaged.yaml"
+    assert paths.locate("suites", "packaged") == (packaged, None)
 
 
 def test_the_nearest_checkout_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,26 +44,25 @@ def test_the_nearest_checkout_comes_before_the_package(tmp_path: Path, monkeypat
     monkeypatch.chdir(inside)
     assert paths.find_data("suites", "both") == mine
     assert paths.find_data("recipes", "r") == recipe
-    assert paths.locate("suites", "packaged").origin == "package"
+    assert paths.find_data("suites", "packaged").is_relative_to(tmp_path / "site")
     assert paths.results_dir() == tmp_path / "work" / "results"
 
 
-def test_the_flag_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flagged = _suite(tmp_path / "flag", "both")
+def test_the_environment_comes_before_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _suite(tmp_path / "work", "both")
     in_environment = _suite(tmp_path / "env", "both")
-    monkeypatch.setenv("VSDBENCH_DATA", str(tmp_path / "env"))
-    assert paths.find_data("suites", "both") == in_environment
-    assert paths.find_data("suites", "both", flag=tmp_path / "flag") == flagged
-    assert paths.find_data("suites", "both", flag=tmp_path / "flag" / "suites") == flagged
+    for folder in (tmp_path / "env", tmp_path / "env" / "suites"):
+        monkeypatch.setenv("VSDBENCH_DATA", str(folder))
+        assert paths.find_data("suites", "both") == in_environment
 
 
 def test_a_path_is_taken_as_it_is_and_a_missing_one_falls_back_with_a_note(tmp_path: Path) -> None:
     path = _suite(tmp_path / "elsewhere", "both")
-    assert paths.locate("suites", str(path)) == paths.DataFile(path=path, origin="path")
-    found = paths.locate("suites", "suites/packaged.yaml")
-    assert found.path == paths.find_data("suites", "packaged")
-    assert found.note is not None
-    assert "no file 'suites/packaged.yaml'" in found.note
+    assert paths.locate("suites", str(path)) == (path, None)
+    found, note = paths.locate("suites", "suites/packaged.yaml")
+    assert found == paths.find_data("suites", "packaged")
+    assert note is not None
+    assert "no file 'suites/packaged.yaml'" in note
 
 
 @pytest.mark.parametrize(
@@ -81,8 +80,6 @@ def test_an_unknown_name_gets_a_suggestion(name: str, expected: str) -> None:
 
 
 def test_a_data_folder_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="the data flag names 'nowhere'"):
-        paths.find_data("suites", "both", flag="nowhere")
     monkeypatch.setenv("VSDBENCH_DATA", "nowhere")
     with pytest.raises(ConfigError, match="VSDBENCH_DATA names 'nowhere'"):
         paths.list_data("suites")

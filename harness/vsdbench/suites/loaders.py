@@ -58,9 +58,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tupl
     Raises:
         ConfigError: No such suite, or the file or an override is wrong.
     """
-    found = locate("suites", name_or_path)
-    config = parse(SuiteConfig, load_yaml(found.path, overrides), where=str(found.path))
-    return config, found.path, (found.note,) if found.note else ()
+    path, note = locate("suites", name_or_path)
+    config = parse(SuiteConfig, load_yaml(path, overrides), where=str(path))
+    return config, path, (note,) if note else ()
 
 
 def load_suite(
