@@ -222,7 +222,6 @@ def test_minimum_detectable_effect_is_found_with_that_power():
     effect = stats.minimum_detectable_effect(pilot, power=0.8)
     found = scipy_stats.ttest_1samp(effect + 0.2 * rng.normal(size=(4000, 40)), 0, axis=1).pvalue < 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.025)
-    assert stats.minimum_detectable_effect(pilot, num_units=160) < effect / 1.9
     assert stats.minimum_detectable_effect(pilot[:1]) is None
 
 

@@ -109,7 +109,7 @@ def _row(
     }
     measured = all(len(records) for records, _ in (*ours, *theirs))
     for measure, difference in (("tau", tau_difference), ("speedup", speedup_difference)):
-        found = _NONE if is_reference or not measured else difference(ours, theirs, **bootstrap)
+        found = Difference() if is_reference or not measured else difference(ours, theirs, **bootstrap)
         row |= {
             f"delta_{measure}_pct": found.change_pct,
             f"delta_{measure}_ci": None if found.ci_pct is None else list(found.ci_pct),
@@ -119,9 +119,6 @@ def _row(
         if measure == "tau":
             row |= {"num_prompts": found.num_prompts or tau.num_units}
     return row | {"budget": arm["budget"]}
-
-
-_NONE = Difference(change_pct=None, ci_pct=None, p_value=None, num_prompts=0, num_seeds=0)
 
 
 def _pooled_tau(members: Sequence[Frames], bootstrap: Mapping[str, int]) -> stats.Estimate:

@@ -121,7 +121,9 @@ def compare(a: Side, b: Side, *, seed: int = 0, num_resamples: int = stats.NUM_R
     if same_run and (a.method is None or b.method is None or a.method == b.method):
         raise ConfigError(f"Both sides are of '{a.run_id}': name two of its methods, for example {_example(a)}.")
     warnings = [] if same_run else _differences_of_runs(a, b)
-    warnings += [f"{side.run_id}: {sentence}" for side in ([a] if same_run else [a, b]) for sentence in _noise(side)]
+    for side in [a] if same_run else [a, b]:
+        noise = checks.noise({"controls": checks.controls(side.frames[0])})
+        warnings += [f"{side.run_id}: {sentence}" for sentence in noise]
     sides = [side.frames if same_run else _by_hash(side.frames) for side in (a, b)]
     rows: list[dict[str, Any]] = []
     for names, methods in _pairs(a, b, warnings):
@@ -195,7 +197,7 @@ def _speedup_against_own(
     """Return the change from A's speedup over A's baseline to B's over B's, paired by prompt."""
     num_seeds = max(len(ours), len(theirs))
     if baselines[0] is None or baselines[1] is None:
-        return Difference(change_pct=None, ci_pct=None, p_value=None, num_prompts=0, num_seeds=num_seeds)
+        return Difference(num_seeds=num_seeds)
     (own, *ours), (other, *theirs) = _on_common_turns([[baselines[0], *ours], [baselines[1], *theirs]])
     before = [stats.log_ratios(records, own[0]) for records, _ in ours]
     after = [stats.log_ratios(records, other[0]) for records, _ in theirs]
@@ -309,11 +311,9 @@ def _differences_of_runs(a: Side, b: Side) -> list[str]:
     }.items():
         values = [[_unique(side.frames[0][column]) for column in columns] for side in (a, b)]
         if values[0] != values[1]:
-            told.append(f"the {name} differ: {_words(values[0])} and {_words(values[1])}")
+            told.append(f"the {name} differ: {' and '.join(map(' '.join, values))}")
     machines = [_machine(side.manifest.get("machine") or {}) for side in (a, b)]
-    changed = [
-        f"{key} {machines[0][key]} and {machines[1][key]}" for key in machines[0] if len(_both(machines, key)) > 1
-    ]
+    changed = [f"{key} {one} and {machines[1][key]}" for key, one in machines[0].items() if one != machines[1][key]]
     if changed:
         told.append(f"the machines differ: {'; '.join(changed)}")
     prompts = [set(side.frames[0]["prompt_hash"]) for side in (a, b)]
@@ -337,17 +337,5 @@ def _machine(machine: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _both(machines: Sequence[Mapping[str, str]], key: str) -> set[str]:
-    return {machine[key] for machine in machines}
-
-
-def _noise(side: Side) -> list[str]:
-    return checks.noise({"controls": checks.controls(side.frames[0])})
-
-
 def _unique(values: Iterable[object]) -> str:
     return " + ".join(sorted({str(value) for value in values}))
-
-
-def _words(values: Sequence[str]) -> str:
-    return " ".join(values)

@@ -51,11 +51,11 @@ class Difference:
         num_seeds: Training seeds; with one, the interval is over prompts only.
     """
 
-    change_pct: float | None
-    ci_pct: Interval | None
-    p_value: float | None
-    num_prompts: int
-    num_seeds: int
+    change_pct: float | None = None
+    ci_pct: Interval | None = None
+    p_value: float | None = None
+    num_prompts: int = 0
+    num_seeds: int = 0
 
 
 def tau_difference(
@@ -76,7 +76,7 @@ def tau_difference(
     common = _common(table for side in tables for table in side)
     units = sorted(common.unique(level="unit"))
     if not units:
-        return _nothing(len(tables[0]))
+        return Difference(num_seeds=len(tables[0]))
     sums = [
         np.stack([table.loc[common].groupby(level="unit").sum().loc[units].to_numpy(np.float64) for table in side], -1)
         for side in tables
@@ -122,7 +122,7 @@ def mean_difference(
     """
     common = sorted(_common(log_ratios))
     if not common:
-        return _nothing(len(log_ratios))
+        return Difference(num_seeds=len(log_ratios))
     values = np.stack([series.loc[common].to_numpy(np.float64) for series in log_ratios], axis=-1)  # [P, S]
 
     def statistic(weights: Floats) -> tuple[Floats, Floats]:
@@ -175,10 +175,6 @@ def _log_ratio(ours: Floats, theirs: Floats) -> Floats:
     """Return log(tau of ours / tau of theirs) of sums ``[R, 2, ...]`` (tokens emitted, steps)."""
     result: Floats = np.log(ours[:, 0]) - np.log(ours[:, 1]) - np.log(theirs[:, 0]) + np.log(theirs[:, 1])
     return result
-
-
-def _nothing(num_seeds: int) -> Difference:
-    return Difference(change_pct=None, ci_pct=None, p_value=None, num_prompts=0, num_seeds=num_seeds)
 
 
 # --- interval ------------------------------------------------------------------------------------------------------

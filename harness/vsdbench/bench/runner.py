@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vsdbench.bench.conversation import check_length, encode_turn
 from vsdbench.bench.diagnostics import diagnose
@@ -153,12 +153,7 @@ class Runner:
                     self._write(block, prompt, done)
                 waiting.clear()
 
-    def _write(
-        self,
-        block: Block,
-        prompt: Sequence[int],
-        done: _Decoded,
-    ) -> None:
+    def _write(self, block: Block, prompt: Sequence[int], done: _Decoded) -> None:
         method, settings, generation = done.method, done.settings, done.generation
         reference = self.reference(block)
         verdict, divergence = compare(self.target, prompt, reference, generation.token_ids, settings)
@@ -274,8 +269,4 @@ class Runner:
             block = Block(prompt, mode, 0, 0)
             tokens = self.encode(block)
             for method in self.methods:
-                settings = self.settings(block, method)
-                short: dict[str, Any] = {
-                    name: getattr(settings, name) for name in ("shape", "rule", "sampling", "seed")
-                }
-                method.run(tokens, DecodeSettings(max_new_tokens=WARMUP_TOKENS, **short))
+                method.run(tokens, replace(self.settings(block, method), max_new_tokens=WARMUP_TOKENS))

@@ -58,7 +58,6 @@ def ratio_interval(
     denominator: Floats,
     *,
     seed: int,
-    confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval | None:
     """Return the BCa interval of sum(numerator) / sum(denominator) over units resampled jointly.
@@ -70,7 +69,6 @@ def ratio_interval(
         numerator: ``[n]``, one entry a unit.
         denominator: Likewise.
         seed: Of the resampling.
-        confidence: Two-sided level.
         num_resamples: Bootstrap resamples.
     """
     if len(numerator) < 2:
@@ -79,7 +77,7 @@ def ratio_interval(
     total = columns.sum(axis=0)
     sums = np.concatenate([counts @ columns for counts in resamples(len(columns), seed, num_resamples)])
     drawn = np.sort(_ratio(sums))
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    tails = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     correction = BCa.of(drawn, float(_ratio(total)), _ratio(total - columns))
     return _quantiles(drawn, tails if correction is None else correction.tails(tails))
 
@@ -244,17 +242,14 @@ def same_method_control(records: pd.DataFrame, *, confidence: float = CONFIDENCE
     return t_estimate(log_ratios(first, second).to_numpy(np.float64), confidence).map(math.exp)
 
 
-def category_interval(
-    values: pd.Series[float], categories: pd.Series[str], *, confidence: float = CONFIDENCE
-) -> Estimate:
+def category_interval(values: pd.Series[float], categories: pd.Series[str]) -> Estimate:
     """Return the mean of category means with the t interval over categories: "on new domains like these".
 
     Args:
         values: One a prompt, e.g. ``log_ratios``.
         categories: Category of each prompt, with the same index.
-        confidence: Two-sided level.
     """
-    return t_estimate(values.groupby(categories.reindex(values.index)).mean().to_numpy(np.float64), confidence)
+    return t_estimate(values.groupby(categories.reindex(values.index)).mean().to_numpy(np.float64))
 
 
 def two_level_bootstrap(
@@ -262,7 +257,6 @@ def two_level_bootstrap(
     categories: pd.Series[str],
     *,
     seed: int,
-    confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Estimate:
     """Return the mean of category means; categories are resampled, then prompts within each (percentiles, ``widened``).
@@ -271,7 +265,6 @@ def two_level_bootstrap(
         values: One a prompt, e.g. ``log_ratios``.
         categories: Category of each prompt, with the same index.
         seed: Of the resampling.
-        confidence: Two-sided level.
         num_resamples: Bootstrap resamples.
     """
     groups = [group.to_numpy(np.float64) for _, group in values.groupby(categories.reindex(values.index))]
@@ -286,8 +279,8 @@ def two_level_bootstrap(
     means = np.empty((num_resamples, len(groups)))
     for group, (where, counts) in zip(groups, draws, strict=True):
         means[where] = counts @ group / len(group)
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    ci = widened(value, _quantiles(means.mean(axis=1), tails), len(groups), confidence)
+    tails = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    ci = widened(value, _quantiles(means.mean(axis=1), tails), len(groups))
     return Estimate(value=value, ci=ci, num_units=len(groups))
 
 
@@ -307,23 +300,19 @@ def _kept_of_groups(sizes: tuple[int, ...], seed: int, num_resamples: int) -> tu
     return tuple(_draw_of_groups(sizes, seed, num_resamples))
 
 
-def minimum_detectable_effect(
-    values: Floats, *, num_units: int | None = None, alpha: float = 0.05, power: float = 0.8
-) -> float | None:
-    """Return the smallest true mean that a two-sided paired t test would find with probability ``power``.
+def minimum_detectable_effect(values: Floats, *, power: float = 0.8) -> float | None:
+    """Return the smallest true mean that a two-sided paired t test at 5 % would find with probability ``power``.
 
     In the unit of ``values``: for log-ratios, ``exp`` of it is the smallest speedup that this suite can show.
 
     Args:
         values: ``[n]`` paired differences, one a prompt, that give the spread.
-        num_units: Prompts of the test to be planned; as many as ``values`` if None.
-        alpha: Two-sided level of the test.
         power: Probability of finding the effect.
     """
-    n = len(values) if num_units is None else num_units
-    if len(values) < 2 or n < 2:
+    n = len(values)
+    if n < 2:
         return None
-    quantiles = special.stdtrit(n - 1, 1 - alpha / 2) + special.stdtrit(n - 1, power)
+    quantiles = special.stdtrit(n - 1, (1 + CONFIDENCE) / 2) + special.stdtrit(n - 1, power)
     return float(quantiles * np.std(values, ddof=1) / math.sqrt(n))
 
 
