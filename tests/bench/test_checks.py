@@ -8,7 +8,7 @@ import pytest
 
 from vsdbench.bench import checks, paired
 from vsdbench.bench.summary import summarise
-from vsdbench.store.store import to_frames
+from vsdbench.store.frames import to_frames
 
 
 def repeated(make_record, first, second, *, names=("ar",), modes=("greedy",)):

@@ -3,7 +3,7 @@
 import pytest
 
 from vsdbench.bench import metrics
-from vsdbench.store.store import to_frames
+from vsdbench.store.frames import to_frames
 
 # num_nodes, depth, num_accepted, num_emitted, draft_ms, verify_ms, other_ms
 A = [(7, 4, 4, 5, 10.0, 30.0, 1.0), (7, 4, 0, 1, 10.0, 30.0, 1.0)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from vsdbench.bench import metrics, paired, stats
-from vsdbench.store.store import to_frames
+from vsdbench.store.frames import to_frames
 
 
 def experiment(rng, num_seeds, num_prompts, spread, *, centre=0.0):

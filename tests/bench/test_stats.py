@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from vsdbench.bench import metrics, stats
-from vsdbench.store.store import to_frames
+from vsdbench.store.frames import to_frames
 
 
 def coverage(draw, estimate, truth, *, num_experiments=300):

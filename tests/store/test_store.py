@@ -10,8 +10,10 @@ import time
 import pandas as pd
 import pytest
 
+from vsdbench.bench.summary import summarise, summary_frame
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.store import files
+from vsdbench.store.frames import to_frames
 from vsdbench.store.records import hash_tokens
 from vsdbench.store.store import (
     RunStore,
@@ -20,7 +22,6 @@ from vsdbench.store.store import (
     load_manifest,
     load_outputs,
     load_records,
-    to_frames,
 )
 
 STEP = (7, 4, 2, 3, 1.0, 2.0, 0.5)
@@ -252,10 +253,9 @@ def test_a_folder_without_records_is_not_a_run(tmp_path):
 
 
 def test_summary_parquet_holds_the_results(run, make_run):
+    summary = summarise(make_run(num_prompts=6), manifest=MANIFEST)
     with RunStore.create(run, MANIFEST) as store:
-        for record in make_run(num_prompts=6):
-            store.append(record)
-        path = store.write_summary()
+        path = store.write_summary(summary_frame(summary))
     frame = pd.read_parquet(path)
     assert len(frame) == 2 * (1 + 3)  # drafters x (all + categories)
     assert set(frame["device"]) == {"cpu"}

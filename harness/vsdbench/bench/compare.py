@@ -17,7 +17,8 @@ import pandas as pd
 from vsdbench.bench import checks, metrics, paired, stats
 from vsdbench.bench.paired import Difference, Frames
 from vsdbench.errors import ConfigError, did_you_mean
-from vsdbench.store.store import find_run, load_manifest, load_records, to_frames
+from vsdbench.store.frames import to_frames
+from vsdbench.store.store import find_run, load_manifest, load_records
 
 Comparison: TypeAlias = dict[str, Any]
 COMPARISON_SCHEMA = 1

@@ -24,7 +24,7 @@ from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.methods import Method, build_methods
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
-from vsdbench.bench.summary import Summary, summarise
+from vsdbench.bench.summary import Summary, summarise, summary_frame
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, VsdbenchError
 from vsdbench.models.compiled import describe
@@ -187,9 +187,9 @@ def run_suite(
                 f"[yellow]note:[/] {runner.num_late_graphs} graphs were compiled while times were taken, and those "
                 "times hold it: the manifest has the count."
             )
-        store.write_summary()
         records, batches = load_records(store.directory), load_batches(store.directory)
         summary = summarise(records, manifest=store.manifest, batches=batches)
+        store.write_summary(summary_frame(summary))
     return store.directory, summary
 
 

@@ -8,7 +8,6 @@ all of its answers together. A line holds every answer with its own steps, whose
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
@@ -143,9 +142,3 @@ def _parse(line: bytes, *, where: str) -> BatchRecord:
         f"{where} is not a batch of schema 1: {reason}; restore the file from a copy, or delete that line and --resume "
         "the run."
     )
-
-
-def methods_in(records: Sequence[BatchRecord]) -> list[str]:
-    """Return the methods of some batches, baselines first, in order of appearance."""
-    ordered = sorted(records, key=lambda record: record.kind != "baseline")
-    return list(dict.fromkeys(record.method for record in ordered))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vsdbench.errors import ConfigError
 from vsdbench.store.files import storage_errors, write_atomic
+from vsdbench.store.records import Model
 
 EXAMPLES, PICTURES = "examples.json", "examples"
 """The file, and the folder of its pictures."""
@@ -21,11 +22,7 @@ EXAMPLES, PICTURES = "examples.json", "examples"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
-
-
-class ExamplePrompt(_Model):
+class ExamplePrompt(Model):
     """A prompt as it is shown.
 
     Attributes:
@@ -43,7 +40,7 @@ class ExamplePrompt(_Model):
     images: tuple[Annotated[str, Field(pattern=rf"^{PICTURES}/[0-9a-f]+\.png$")], ...] = ()
 
 
-class Examples(_Model):
+class Examples(Model):
     """What ``examples.json`` holds.
 
     Attributes:

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vsdbench.errors import ConfigError, did_you_mean
 from vsdbench.store.files import AppendLog, RunLock, read_lines, storage_errors, write_atomic
-from vsdbench.store.frames import to_frames
 from vsdbench.store.records import Record, RecordKey, hash_tokens, parse_record
 
-__all__ = ["RunStore", "find_run", "list_runs", "load_manifest", "load_outputs", "load_records", "to_frames"]
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANIFEST, CONFIG, RECORDS, OUTPUTS, SUMMARY = (
     "manifest.json",
@@ -142,15 +142,8 @@ class RunStore:
         write_atomic(self.directory / MANIFEST, _to_json(changed))
         self._manifest = changed
 
-    def write_summary(self) -> Path:
-        """Derive ``summary.parquet`` (a row a drafter x mode x category) from the records and return its path.
-
-        Raises:
-            ConfigError: There are no records yet.
-        """
-        from vsdbench.bench.summary import summarise, summary_frame  # noqa: PLC0415 - writing records needs no scipy
-
-        frame = summary_frame(summarise(load_records(self.directory), manifest=self._manifest))
+    def write_summary(self, frame: pd.DataFrame) -> Path:
+        """Write ``summary.parquet``, a row a drafter x mode x category (``bench.summary.summary_frame``)."""
         path = self.directory / SUMMARY
         write_atomic(path, frame.to_parquet(None, index=False))
         return path
