@@ -21,6 +21,9 @@ from vsdbench.paths import cache_dir, list_data
 from vsdbench.provenance import machine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from rich.console import Console
 
 HUB_TIMEOUT_S = 3.0
@@ -57,7 +60,7 @@ def examine(device_name: str = "auto") -> dict[str, Any]:
     speed["bandwidth_bound_tokens_per_s"] = bound
     speed["decode_step"] = _decode_step(device, dtype) if bound is not None else None
     found = machine()
-    return {"schema": 1, "machine": found, "speed": speed, "cache": cache, "checks": _checks(found)}
+    return {"schema": 1, "machine": found, "speed": speed, "cache": cache, "checks": _checks(found, cache)}
 
 
 def _decode_step(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -82,7 +85,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     return 2 * size**3 / _median_s(lambda: left @ left, device)
 
 
-def _median_s(function: Any, device: torch.device, repeats: int = 7) -> float:  # noqa: ANN401 - any callable
+def _median_s(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -106,12 +109,11 @@ def _cache() -> dict[str, Any]:
     }
 
 
-def _size(folder: Any) -> int:  # noqa: ANN401 - a path
+def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
 
 
-def _checks(found: dict[str, Any]) -> list[dict[str, Any]]:
-    cache = _cache()
+def _checks(found: dict[str, Any], cache: dict[str, Any]) -> list[dict[str, Any]]:
     load = found["cpu"]["load_average"][0]
     return [
         _check("pip", _has("pip"), "downloads the embedded target", "python -m ensurepip"),

@@ -13,8 +13,11 @@ from vsdbench.cli.common import (
     DryRun,
     Dtype,
     Json,
+    Limit,
     Quiet,
     Results,
+    Resume,
+    RunId,
     Strict,
     TargetName,
     TrustRemoteCode,
@@ -79,11 +82,9 @@ def ablate(  # noqa: PLR0917 - a command's options
     target: TargetName = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts to take, stratified by category.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run like this one.")] = False,
-    run_id: Annotated[
-        str | None, typer.Option("--run", help="Continue this run: id, beginning of it, or latest.")
-    ] = None,
+    limit: Limit = None,
+    resume: Resume = False,
+    run_id: RunId = None,
     results: Results = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write the PDF too: reports/RUN.pdf, or in $VSDBENCH_REPORTS.")

@@ -47,6 +47,9 @@ Seed = Annotated[int | None, typer.Option(help="Another seed than the file's.")]
 Diagnostics = Annotated[
     bool, typer.Option("--diagnostics", help="Also where drafters and decoding part: pruned paths, calibration.")
 ]
+Limit = Annotated[int | None, typer.Option(min=1, help="Prompts to take, stratified by category.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run like this one.")]
+RunId = Annotated[str | None, typer.Option("--run", help="Continue this run: id, beginning of it, or latest.")]
 Results = Annotated[Path | None, typer.Option(help="Folder of runs (default: results/ or $VSDBENCH_RESULTS).")]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Exit with 1 where the A/A control says that the machine was too noisy.")
