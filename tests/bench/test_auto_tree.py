@@ -30,14 +30,13 @@ from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.tree import grow
 from vsdbench.suites.prompts import Prompt
 from vsdbench.suites.schema import DrafterEntry, Generation, Mode, TreeConfig
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
 from vsdbench_drafters.training.recipe import EvaluationConfig
 
 LIMIT = TreeShape(budget=16, depth=4, top_k=4)
 
 
 def make_drafter(target):
-    return Eagle3Drafter(make_drafter_model(target), dtype=target.dtype)
+    return make_drafter_model(target).drafter(target.dtype)
 
 
 def grown(seed, shape):

@@ -13,7 +13,6 @@ from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.tree import any_chain
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
 from vsdbench_drafters.architectures.ngram import NgramDrafter
 
 CPU = torch.device("cpu")
@@ -76,7 +75,7 @@ def test_the_count_sees_a_mask_as_long_as_the_context():
 
 def test_drafting_makes_no_more_behind_a_long_context():
     target = target_of("llama")
-    drafter = Eagle3Drafter(Eagle3Model.from_target(target, torch.arange(VOCAB), seed=0), dtype=torch.float32)
+    drafter = Eagle3Model.from_target(target, torch.arange(VOCAB), seed=0).drafter(torch.float32)
 
     def draft(state):
         if not drafter.num_committed:

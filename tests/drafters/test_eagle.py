@@ -15,7 +15,6 @@ from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle import EagleConfig, EagleModel, build
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
-from vsdbench_drafters.architectures.eagle_drafter import EagleDrafter
 from vsdbench_drafters.architectures.one_layer_drafter import Growth
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
 from vsdbench_drafters.objectives.feature import FeatureRegression, smooth_l1
@@ -105,7 +104,7 @@ def test_training_time_test_is_a_llama_layer_run_step_by_step(toy_target, model,
 
 def begun(model, ids, features, num_slots):
     """A drafter whose last committed slot is ``num_slots - 1``, ready to grow."""
-    drafter = EagleDrafter(model, dtype=torch.float32)
+    drafter = model.drafter(torch.float32)
     drafter.begin(State(ids[: num_slots + 1], features[:num_slots]), 64)
     drafter.propose(None, TreeShape(kind="chain", budget=1, depth=1, top_k=1), temperature=0, generator=None)
     return drafter

@@ -12,7 +12,6 @@ from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Config, Eagle3Model, build
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
 from vsdbench_drafters.architectures.one_layer_drafter import Growth
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
 from vsdbench_drafters.training.features import target_pass
@@ -58,7 +57,7 @@ def trained_log_probs(model, ids, prompt_len, features, num_steps):
 
 def begun(model, ids, features, num_slots):
     """A drafter whose last committed slot is ``num_slots - 1``, ready to grow."""
-    drafter = Eagle3Drafter(model, dtype=torch.float32)
+    drafter = model.drafter(torch.float32)
     drafter.begin(State(ids[: num_slots + 1], features[:num_slots]), 64)
     drafter.propose(None, TreeShape(kind="chain", budget=1, depth=1, top_k=1), temperature=0, generator=None)
     return drafter
@@ -119,13 +118,13 @@ def test_committing_step_by_step_is_beginning_anew(model, sequence):
 def test_greedy_decoding_is_lossless_and_ids_are_the_targets(toy_target, model, kind):
     settings = DecodeSettings(max_new_tokens=24, shape=TreeShape(kind=kind, budget=6, depth=3, top_k=3))
     plain = decode(toy_target, Autoregressive(), [5, 9, 33, 12], settings)
-    drafted = decode(toy_target, Eagle3Drafter(model, dtype=torch.float32), [5, 9, 33, 12], settings)
+    drafted = decode(toy_target, model.drafter(torch.float32), [5, 9, 33, 12], settings)
     assert drafted.token_ids == plain.token_ids
 
 
 def test_a_prompt_of_one_token(toy_target, model):
     settings = DecodeSettings(max_new_tokens=8, shape=TreeShape())
-    drafted = decode(toy_target, Eagle3Drafter(model, dtype=torch.float32), [5], settings)
+    drafted = decode(toy_target, model.drafter(torch.float32), [5], settings)
     assert drafted.token_ids == decode(toy_target, Autoregressive(), [5], settings).token_ids
 
 

@@ -9,7 +9,8 @@ from tests.decoding.tiny import SHAPES, VOCAB, make_prompt, make_target, plain, 
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
+from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Layer
+from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
 
 DRAFT_IDS = torch.arange(2, VOCAB - 4)  # a reduced vocabulary, so that ids must be mapped
@@ -41,7 +42,7 @@ def model(target):
 @pytest.mark.parametrize("shape", [SHAPES[0], *WIDE[1:]], ids=lambda shape: shape.kind)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_decoding_is_lossless(target, model, shape, temperature):
-    drafter = Eagle3Drafter(model, dtype=target.dtype)
+    drafter = model.drafter(target.dtype)
     for seed in range(3):
         prompt = make_prompt((1, 8, 30)[seed], seed)
         chosen = settings(16, temperature=temperature, seed=seed, shape=shape)
@@ -51,7 +52,7 @@ def test_decoding_is_lossless(target, model, shape, temperature):
 
 
 def test_a_fresh_drafter_of_the_targets_own_head_is_lossless(target):
-    drafter = Eagle3Drafter(Eagle3Model.from_target(target, DRAFT_IDS, seed=0), dtype=target.dtype)
+    drafter = Eagle3Model.from_target(target, DRAFT_IDS, seed=0).drafter(target.dtype)
     chosen = settings(24, shape=WIDE[2])
     assert decode(target, drafter, make_prompt(8), chosen).token_ids == plain(target, make_prompt(8), chosen)
 
@@ -59,13 +60,13 @@ def test_a_fresh_drafter_of_the_targets_own_head_is_lossless(target):
 @pytest.mark.parametrize("rule", ["rejection", "traversal"])
 def test_the_other_rules_run_with_sampled_trees(target, model, rule):
     chosen = settings(24, temperature=1.0, rule=rule, shape=WIDE[3])
-    answers = [decode(target, Eagle3Drafter(model, dtype=target.dtype), make_prompt(8), chosen) for _ in range(2)]
+    answers = [decode(target, model.drafter(target.dtype), make_prompt(8), chosen) for _ in range(2)]
     assert answers[0].token_ids == answers[1].token_ids
     assert len(answers[0].token_ids) == 24
     assert sum(step.num_accepted for step in answers[0].steps) > 0
 
 
-class Watching(Eagle3Drafter):
+class Watching(OneLayerDrafter):
     """Remembers what it knew at the root of every tree."""
 
     def begin(self, state, max_length):
@@ -86,7 +87,7 @@ class Watching(Eagle3Drafter):
 @pytest.mark.parametrize("shape", WIDE[1:], ids=lambda shape: shape.kind)
 def test_step_by_step_it_computes_what_the_model_computes_at_once(target, model, shape):
     """Its cache after accepted and refused nodes is that of one forward over the text with the target's features."""
-    drafter, accepted, refused = Watching(model, dtype=target.dtype), 0, 0
+    drafter, accepted, refused = Watching("eagle3", Eagle3Layer(model, target.dtype), model), 0, 0
     for seed in range(2):
         prompt = make_prompt(6, seed)
         answer = decode(target, drafter, prompt, settings(30, seed=seed, shape=shape)).token_ids
@@ -122,7 +123,7 @@ def test_nothing_is_remembered_of_earlier_sequences(target, model, shape):
 
 def test_the_cache_grows_with_what_is_asked(target, model):
     """A longer sequence after a shorter one, and trees larger than the spare rows."""
-    drafter = Eagle3Drafter(model, dtype=target.dtype)
+    drafter = model.drafter(target.dtype)
     huge = TreeShape(kind="dynamic", budget=60, depth=5, top_k=30)
     for prompt, shape in ((make_prompt(4), SHAPES[0]), (make_prompt(80, 1), huge)):
         chosen = settings(20, shape=shape)
@@ -134,7 +135,7 @@ def test_the_cache_grows_with_what_is_asked(target, model):
 @pytest.mark.parametrize("shape", WIDE, ids=lambda shape: shape.kind)
 def test_greedy_decoding_is_lossless_on_a_gpu(shape):
     target = make_target(device="cuda", dtype=torch.float32)
-    drafter = Eagle3Drafter(make_drafter_model(target), dtype=torch.float32)
+    drafter = make_drafter_model(target).drafter(torch.float32)
     for seed in range(3):
         chosen = settings(24, shape=shape)
         generation = decode(target, drafter, make_prompt(9, seed), chosen)

@@ -6,7 +6,6 @@ import torch
 from tests.drafters.path_tools import make_setting
 
 from vsdbench.decoding.interfaces import TreeShape
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
 from vsdbench_drafters.objectives.misalignment import Misalignment, _count, misalignment
 from vsdbench_drafters.objectives.paths import Paths
 from vsdbench_drafters.objectives.token import ForwardKL
@@ -14,7 +13,7 @@ from vsdbench_drafters.objectives.token import ForwardKL
 
 def one_by_one(setting, *, budget, top_k, depth):
     """The same counts from the decode-time drafter and plain forwards of the target."""
-    drafter = Eagle3Drafter(setting.model, dtype=torch.float64)
+    drafter = setting.model.drafter(torch.float64)
     model, batch, generator = setting.target.model, setting.batch, torch.Generator()
     total = Misalignment()
     for span in batch.spans:

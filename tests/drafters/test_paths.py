@@ -8,7 +8,6 @@ from scipy import stats
 from tests.drafters.path_tools import DRAFT_IDS, make_setting
 
 from vsdbench.decoding.interfaces import TreeShape
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
 from vsdbench_drafters.objectives.base import DraftBatch
 from vsdbench_drafters.objectives.paths import (
     Paths,
@@ -162,7 +161,7 @@ def test_tree_paths_are_the_leaves_of_the_tree_that_decoding_sends(setting, budg
     root = int(setting.batch.slots[row]) + 1
     state = setting.target.prefill(text[:root], 64)
     state.tokens.append(text[root])
-    drafter = Eagle3Drafter(setting.model, dtype=torch.float64)
+    drafter = setting.model.drafter(torch.float64)
     drafter.begin(state, 64)
     shape = TreeShape(kind="dynamic", budget=budget, depth=depth, top_k=top_k)
     tree = drafter.propose(state, shape, temperature=0.0, generator=torch.Generator())

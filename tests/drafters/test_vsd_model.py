@@ -10,7 +10,6 @@ from tests.drafters.path_tools import DRAFT_IDS, make_setting
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
-from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
 from vsdbench_drafters.objectives.onpolicy import OnPolicy
 from vsdbench_drafters.objectives.paths import merge, sample_paths, trace
 from vsdbench_drafters.objectives.token import ForwardKL
@@ -92,7 +91,7 @@ def test_expected_acceptance_is_what_decoding_measures(setting):
     expected = judged.utility.mean()
     assert abs(judged.num_accepted.double().mean() - expected) < 0.06, "the accept test has the mean that U says"
 
-    drafter = Eagle3Drafter(setting.model, dtype=torch.float64)
+    drafter = setting.model.drafter(torch.float64)
     shape = TreeShape(kind="sampled", budget=depth, depth=depth, top_k=1)
     lengths = []
     for seed in range(count):

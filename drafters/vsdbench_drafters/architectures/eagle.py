@@ -27,11 +27,12 @@ from vsdbench_drafters.architectures.checkpoints import (
     fill,
     read_tensors,
 )
+from vsdbench_drafters.architectures.eagle_drafter import EagleLayer
 from vsdbench_drafters.architectures.one_layer import FIRST_SHARE, DraftLayer, LayerConfig, OneLayerModel
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
 
 
 class EagleConfig(LayerConfig):
@@ -58,6 +59,8 @@ class EagleModel(OneLayerModel):
         head: ``[Vd, H]`` their rows of the target's LM head: frozen, never saved.
     """
 
+    name: ClassVar[str] = "eagle"
+    layer_class: ClassVar[type[CachedLayer]] = EagleLayer
     predicts_features: ClassVar[bool] = True
     config_class: ClassVar[type[EagleConfig]] = EagleConfig
     config: EagleConfig
@@ -139,12 +142,6 @@ class EagleModel(OneLayerModel):
     def shown_by(cls, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Return the fields of the config that a checkpoint's tensors say, whatever its ``config.json`` does."""
         return {"bias": "fc.bias" in tensors, "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors}
-
-    def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
-        """Return the decode-time drafter, with a copy of the weights as they are now."""
-        from vsdbench_drafters.architectures.eagle_drafter import EagleDrafter  # noqa: PLC0415 - it imports this module
-
-        return EagleDrafter(self, dtype=dtype)
 
 
 def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:

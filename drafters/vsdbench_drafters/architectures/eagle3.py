@@ -24,12 +24,13 @@ from vsdbench_drafters.architectures.checkpoints import (
     fill,
     read_tensors,
 )
+from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Layer
 from vsdbench_drafters.architectures.layers import RMSNorm
 from vsdbench_drafters.architectures.one_layer import FIRST_SHARE, DraftLayer, LayerConfig, OneLayerModel
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
 
 
 class Eagle3Config(LayerConfig):
@@ -65,6 +66,8 @@ class Eagle3Model(OneLayerModel):
         draft_ids: ``[Vd]`` int64, the target ids of the draft vocabulary in increasing order.
     """
 
+    name: ClassVar[str] = "eagle3"
+    layer_class: ClassVar[type[CachedLayer]] = Eagle3Layer
     config: Eagle3Config
 
     def __init__(self, config: Eagle3Config, embeddings: Tensor, draft_ids: Tensor) -> None:
@@ -138,14 +141,8 @@ class Eagle3Model(OneLayerModel):
         fill(model, tensors, folder, config.label)
         return model.to(target.device)
 
-    def drafter(self, dtype: torch.dtype) -> Eagle3Drafter:
-        """Return the decode-time drafter, with a copy of the weights as they are now."""
-        from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Drafter  # noqa: PLC0415 - it imports this module
 
-        return Eagle3Drafter(self, dtype=dtype)
-
-
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> Eagle3Drafter:
+def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
     """Entry point ``eagle3``: load a checkpoint for decoding.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
+from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
 
 if TYPE_CHECKING:
     from vsdbench_drafters.architectures.eagle3 import Eagle3Model
@@ -35,15 +35,3 @@ class Eagle3Layer(CachedLayer):
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Return ``[n, Vd]`` float32 log-probabilities: final norm, then the drafter's own LM head."""
         return torch.log_softmax(self.head(self.norm(hidden, self._final_norm)), dim=-1, dtype=torch.float32)
-
-
-class Eagle3Drafter(OneLayerDrafter):
-    """Proposes trees with one EAGLE-3 layer (protocol ``Drafter``).
-
-    Args:
-        model: The trained drafter.
-        dtype: Dtype of its products, usually the target's.
-    """
-
-    def __init__(self, model: Eagle3Model, *, dtype: torch.dtype) -> None:
-        super().__init__("eagle3", Eagle3Layer(model, dtype), model)

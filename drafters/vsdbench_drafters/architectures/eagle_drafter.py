@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
+from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
 
 if TYPE_CHECKING:
     from vsdbench_drafters.architectures.eagle import EagleModel
@@ -33,15 +33,3 @@ class EagleLayer(CachedLayer):
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Return ``[n, Vd]`` float32 log-probabilities of the target's LM head."""
         return torch.log_softmax(self.head(hidden).float(), dim=-1)
-
-
-class EagleDrafter(OneLayerDrafter):
-    """Proposes trees with one EAGLE layer (protocol ``Drafter``).
-
-    Args:
-        model: The trained drafter.
-        dtype: Dtype of its products, usually the target's.
-    """
-
-    def __init__(self, model: EagleModel, *, dtype: torch.dtype) -> None:
-        super().__init__("eagle", EagleLayer(model, dtype), model)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from vsdbench_drafters.architectures.checkpoints import checkpoint_folder
 from vsdbench_drafters.architectures.eagle import EagleConfig, EagleModel
+from vsdbench_drafters.architectures.msd_drafter import MsdLayer
 from vsdbench_drafters.architectures.one_layer import Entered
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
     from vsdbench_drafters.objectives.base import DraftBatch
 
 
@@ -38,6 +39,8 @@ class MsdConfig(EagleConfig):
 class MsdModel(EagleModel):
     """The trainable drafter; its tensors are those of an EAGLE checkpoint."""
 
+    name: ClassVar[str] = "msd"
+    layer_class: ClassVar[type[CachedLayer]] = MsdLayer
     config_class: ClassVar[type[EagleConfig]] = MsdConfig
 
     def enter(self, batch: DraftBatch, embedded: Tensor, hidden: Tensor) -> Entered:
@@ -46,12 +49,6 @@ class MsdModel(EagleModel):
         if batch.shows_image is None:
             return Entered(fused)
         return Entered(torch.where(batch.shows_image[:, None], embedded.to(fused.dtype), fused))
-
-    def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
-        """Return the decode-time drafter, with a copy of the weights as they are now."""
-        from vsdbench_drafters.architectures.msd_drafter import MsdDrafter  # noqa: PLC0415 - it imports this module
-
-        return MsdDrafter(self, dtype=dtype)
 
 
 def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:

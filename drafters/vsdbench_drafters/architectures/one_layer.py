@@ -23,6 +23,7 @@ from vsdbench.config import Config, parse
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.checkpoints import write_tensors
 from vsdbench_drafters.architectures.layers import RMSNorm, apply_rotary, rotary
+from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel
 
 if TYPE_CHECKING:
@@ -232,7 +233,8 @@ class Entered:
 class OneLayerModel(DraftModel):
     """Base of the trainable drafters of one layer.
 
-    A subclass has ``fc``, a layer, and says by ``project`` and ``mix`` what enters the layer.
+    A subclass has ``fc``, a layer, and says by ``project`` and ``mix`` what enters the layer; ``layer_class`` is the
+    same at decode time.
 
     Args:
         config: Dimensions.
@@ -240,6 +242,8 @@ class OneLayerModel(DraftModel):
         draft_ids: ``[Vd]`` int64, the target ids of the draft vocabulary in increasing order.
     """
 
+    name: ClassVar[str]
+    layer_class: ClassVar[type[CachedLayer]]
     fc: nn.Linear
 
     def __init__(self, config: LayerConfig, embeddings: Tensor, draft_ids: Tensor) -> None:
@@ -381,6 +385,10 @@ class OneLayerModel(DraftModel):
             for step, value in enumerate(context.diagonal_values):
                 mixed_all = mixed_all + shares[..., step, None] * value[:, :, None]
         return mixed_all.flatten(1)
+
+    def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
+        """Return the decode-time drafter, with a copy of the weights as they are now."""
+        return OneLayerDrafter(self.name, self.layer_class(self, dtype), self)
 
     # ---- checkpoints ----
 

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.checkpoints import checkpoint_folder
 from vsdbench_drafters.architectures.eagle import EagleConfig, EagleModel
 from vsdbench_drafters.architectures.one_layer import Entered
+from vsdbench_drafters.architectures.vispec_drafter import ViSpecLayer, first_standing, runs
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
     from vsdbench_drafters.objectives.base import DraftBatch
 
 
@@ -76,6 +76,8 @@ class ImageAdaptor(nn.Module):
 class ViSpecModel(EagleModel):
     """The trainable drafter: EAGLE's layer, ``imadpt`` and ``img_fc``."""
 
+    name: ClassVar[str] = "vispec"
+    layer_class: ClassVar[type[CachedLayer]] = ViSpecLayer
     config_class: ClassVar[type[EagleConfig]] = ViSpecConfig
     config: ViSpecConfig
 
@@ -143,37 +145,6 @@ class ViSpecModel(EagleModel):
     def from_target(cls, target: Target, draft_ids: Tensor, *, seed: int, num_q: int = 2, **options: Any) -> Self:  # noqa: ANN401 - of subclasses
         """Return a fresh drafter that reads every image as ``num_q`` vectors (see ``EagleModel.from_target``)."""
         return super().from_target(target, draft_ids, seed=seed, num_q=num_q, **options)
-
-    def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
-        """Return the decode-time drafter, with a copy of the weights as they are now."""
-        from vsdbench_drafters.architectures.vispec_drafter import ViSpecDrafter  # noqa: PLC0415 - it imports this module
-
-        return ViSpecDrafter(self, dtype=dtype)
-
-
-def runs(mask: Tensor) -> list[tuple[int, int]]:
-    """Return ``(first, stop)`` of every run of True in a mask ``[n]``.
-
-    >>> runs(torch.tensor([False, True, True, False, True]))
-    [(1, 3), (4, 5)]
-    """
-    none = mask.new_zeros(1).to(torch.int8)
-    edges = torch.diff(mask.to(torch.int8), prepend=none, append=none)
-    return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
-
-
-def first_standing(first: int, stop: int, standing: int) -> int:
-    """Return the first of the last ``standing`` slots of an image's run.
-
-    Raises:
-        ConfigError: The run is shorter.
-    """
-    if stop - first < standing:
-        raise ConfigError(
-            f"an image has {stop - first} visual tokens, too few to be compressed to {standing}: lower "
-            "architecture.num_q."
-        )
-    return stop - standing
 
 
 def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:

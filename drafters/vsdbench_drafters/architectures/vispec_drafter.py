@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vsdbench.errors import ConfigError
 from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.eagle_drafter import EagleLayer
-from vsdbench_drafters.architectures.one_layer_drafter import OneLayerDrafter, PromptRows
-from vsdbench_drafters.architectures.vispec import first_standing, runs
+from vsdbench_drafters.architectures.one_layer_drafter import PromptRows
 
 if TYPE_CHECKING:
     from vsdbench_drafters.architectures.vispec import ViSpecModel
@@ -70,13 +70,26 @@ class ViSpecLayer(EagleLayer):
         return PromptRows(x, x, positions)
 
 
-class ViSpecDrafter(OneLayerDrafter):
-    """Proposes trees with one ViSpec layer (protocol ``Drafter``).
+def runs(mask: Tensor) -> list[tuple[int, int]]:
+    """Return ``(first, stop)`` of every run of True in a mask ``[n]``.
 
-    Args:
-        model: The trained drafter.
-        dtype: Dtype of its products, usually the target's.
+    >>> runs(torch.tensor([False, True, True, False, True]))
+    [(1, 3), (4, 5)]
     """
+    none = mask.new_zeros(1).to(torch.int8)
+    edges = torch.diff(mask.to(torch.int8), prepend=none, append=none)
+    return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
 
-    def __init__(self, model: ViSpecModel, *, dtype: torch.dtype) -> None:
-        super().__init__("vispec", ViSpecLayer(model, dtype), model)
+
+def first_standing(first: int, stop: int, standing: int) -> int:
+    """Return the first of the last ``standing`` slots of an image's run.
+
+    Raises:
+        ConfigError: The run is shorter.
+    """
+    if stop - first < standing:
+        raise ConfigError(
+            f"an image has {stop - first} visual tokens, too few to be compressed to {standing}: lower "
+            "architecture.num_q."
+        )
+    return stop - standing
