@@ -30,7 +30,7 @@ from vsdbench.bench.run import RunOptions, load_target
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.training.data import ensure_data
 from vsdbench_drafters.training.feature_files import cached_features
-from vsdbench_drafters.training.features import BatchMaker, draft_vocabulary, plan_batches
+from vsdbench_drafters.training.features import BatchMaker, draft_vocabulary, plan_batches, response_rows
 from vsdbench_drafters.training.loop import batch_seed
 from vsdbench_drafters.training.optim import Optimisers, make_optimisers
 from vsdbench_drafters.training.recipe import ObjectiveConfig, TrainingConfig, load_recipe, make_objective
@@ -115,8 +115,7 @@ def main() -> None:
     dtype = target.dtype
     data = ensure_data(load_recipe(args.recipe).data, target, console=console)
     vocabulary, _ = draft_vocabulary(data.sequences, target.vocab_size, args.vocabulary, sorted(target.eos_ids))
-    rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.sequences]
-    plan = plan_batches(rows, args.batch_tokens, seed=0, epoch=0)[: args.batches + 1]
+    plan = plan_batches(response_rows(data.sequences), args.batch_tokens, seed=0, epoch=0)[: args.batches + 1]
     chosen = [data.sequences[i] for indices in plan for i in indices]
     head = target.model.get_output_embeddings().weight
 

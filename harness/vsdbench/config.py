@@ -149,7 +149,7 @@ def _sentence(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
     path, known = _resolve(model_cls, detail["loc"])
     value, context = detail["input"], detail.get("ctx", {})
     if detail["type"] == "extra_forbidden":
-        return f"unknown key '{path}' (value {_short(value)}).{did_you_mean(str(detail['loc'][-1]), known)}"
+        return f"unknown key '{path}' (value {short(value)}).{did_you_mean(str(detail['loc'][-1]), known)}"
     if detail["type"] == "missing":
         return f"the key '{path}' is missing."
     if detail["type"] == "union_tag_not_found":
@@ -158,7 +158,7 @@ def _sentence(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
         tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
         key = str(context["discriminator"]).strip("'")
         return f"'{path}.{key}' is '{context['tag']}'.{did_you_mean(str(context['tag']), tags)}"
-    subject = f"'{path}' is {_short(value)}" if path and not isinstance(value, dict) else f"'{path}'" if path else ""
+    subject = f"'{path}' is {short(value)}" if path and not isinstance(value, dict) else f"'{path}'" if path else ""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
     if detail["type"] != "value_error":
         message = re.sub(r"^(Input|String|List|Value) should", "it should", message)
@@ -213,7 +213,8 @@ def _tags(model: type[BaseModel]) -> set[str]:
     return {model.__name__, *(str(value) for literal in literals for value in get_args(literal))}
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value as Python writes it, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,20 +1,17 @@
-"""EAGLE-1/2 and Medusa through the engine: lossless with every shape and rule, and step by step what the model says."""
+"""Trained drafters through the engine: lossless with every shape and rule, and step by step what the model says."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.decoding.tiny import SHAPES, VOCAB, make_prompt, make_target, plain, settings
+from tests.decoding.tiny import SHAPES, make_prompt, make_target, plain, settings
 from tests.drafters.test_eagle import random_weights
+from tests.drafters.test_eagle3_decoding import DRAFT_IDS, WIDE, make_drafter_model
 
 from vsdbench.decoding.engine import decode
-from vsdbench.decoding.interfaces import TreeShape
 from vsdbench_drafters.architectures.eagle import EagleModel
 from vsdbench_drafters.architectures.medusa import MedusaModel
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
-
-DRAFT_IDS = torch.arange(2, VOCAB - 4)  # a reduced vocabulary, so that ids must be mapped
-WIDE = [TreeShape(kind=shape.kind, budget=3 * shape.budget, depth=4, top_k=4 * shape.top_k) for shape in SHAPES]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -22,8 +19,10 @@ def target(request):
     return make_target(request.param)
 
 
-@pytest.fixture(scope="module", params=["eagle", "medusa"])
+@pytest.fixture(scope="module", params=["eagle3", "eagle", "medusa"])
 def model(target, request):
+    if request.param == "eagle3":
+        return make_drafter_model(target)
     if request.param == "eagle":
         made = EagleModel.from_target(target, DRAFT_IDS, seed=0)
         head = target.model.get_output_embeddings().weight[DRAFT_IDS]

@@ -19,10 +19,10 @@ from vsdbench.models.target import Target
 from vsdbench.models.wheels import WheelFile
 from vsdbench.pictures import build as building
 from vsdbench.pictures import scoring, settings
-from vsdbench.pictures.build import build, load_metadata
+from vsdbench.pictures.build import build
 from vsdbench.pictures.scenes import CATEGORIES, Scene
 from vsdbench.pictures.scoring import CAPTION_FACTS
-from vsdbench.pictures.settings import built_folder
+from vsdbench.pictures.settings import built_folder, load_metadata
 from vsdbench.pictures.training import Naming
 from vsdbench.store.files import RunLock
 
@@ -91,13 +91,13 @@ def test_a_build_that_was_stopped_goes_on(cache, language_model, monkeypatch) ->
 
     def stopped(self, saved, report):
         self.save_every_s = 0.0
-        run(self, saved, lambda step: steps.append(step.number) or _stop_at(step.number, 2))
+        run(self, saved, lambda number, _: steps.append(number) or _stop_at(number, 2))
 
     monkeypatch.setattr(Naming, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         build("seeing", tiny_settings(), language_model, folder, _console())
     assert not folder.exists()
-    monkeypatch.setattr(Naming, "run", lambda self, saved, report: run(self, saved, lambda s: steps.append(s.number)))
+    monkeypatch.setattr(Naming, "run", lambda self, saved, report: run(self, saved, lambda n, _: steps.append(n)))
     build("seeing", tiny_settings(), language_model, folder, _console())
     assert steps == [1, 2, 2, 3]  # the second step was not yet saved
     monkeypatch.setattr(Naming, "run", None)  # what is there is not made again

@@ -39,8 +39,8 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not(kind, rate, model, processor, 
     assert _changed(start, whole) == {"vision_tower", "multi_modal_projector"} | ({"language_model"} if rate else set())
     model.load_state_dict(start)
 
-    def stop(step):
-        if step.number == 2:
+    def stop(number, _loss):
+        if number == 2:
             raise KeyboardInterrupt
 
     stage = _stage(kind, model, processor, language_learning_rate=rate)
@@ -49,8 +49,9 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not(kind, rate, model, processor, 
         stage.run(tmp_path / "stopped.pt", stop)
     model.load_state_dict(start)
     seen = []
-    _stage(kind, model, processor, language_learning_rate=rate).run(tmp_path / "stopped.pt", seen.append)
-    assert [step.number for step in seen] == [2, 3, 4]
+    again = _stage(kind, model, processor, language_learning_rate=rate)
+    again.run(tmp_path / "stopped.pt", lambda number, _loss: seen.append(number))
+    assert seen == [2, 3, 4]
     assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
 
 
@@ -75,7 +76,7 @@ def test_patches_learn_their_words(model, processor, tmp_path) -> None:
 
     before = right()
     losses = []
-    stage.run(tmp_path / "naming.pt", lambda step: losses.append(step.loss))
+    stage.run(tmp_path / "naming.pt", lambda _, loss: losses.append(loss))
     assert losses[-1] < 0.8 * losses[0]
     assert right() > before + 0.2
 

@@ -224,6 +224,11 @@ class _Asked:
         return self.maker.ask(self.sequences[first], prefix, branches, self.keys.get(first))
 
 
+def response_rows(sequences: Sequence[Sequenced]) -> list[int]:
+    """Return how many rows of the loss each sequence has: its response tokens that a slot predicts."""
+    return [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in sequences]
+
+
 def plan_batches(num_rows: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Return one epoch's batches of sequence indices, in an order that seed and epoch alone determine.
 
@@ -277,7 +282,7 @@ def draft_vocabulary(
     return ids, float(counts[ids].sum() / counts.sum())
 
 
-def describe(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, {} if there is none that can be read."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))

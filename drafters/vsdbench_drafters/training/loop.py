@@ -25,7 +25,7 @@ from torch import Tensor
 from vsdbench.processes import Processes
 from vsdbench_drafters.training.checkpoint import load_state, save_state
 from vsdbench_drafters.training.distributed import check_division, own_share, same_start, sum_gradients
-from vsdbench_drafters.training.features import BatchMaker, plan_batches
+from vsdbench_drafters.training.features import BatchMaker, plan_batches, response_rows
 from vsdbench_drafters.training.optim import lr_scale, make_optimisers
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TrainingLoop:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().clone() for name, p in self._trained.items()} if config.ema else {}
         self._repeats = int(getattr(objective, "m_steps", 1))  # optimiser steps on the same batches
-        self._rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in maker.sequences]
+        self._rows = response_rows(maker.sequences)
         self._steps = self._plan()
         self._metrics: dict[str, float] = {}
         self._sums: dict[str, list[float]] = {}

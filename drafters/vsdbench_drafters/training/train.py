@@ -33,9 +33,10 @@ from vsdbench_drafters.training.features import (
     BatchMaker,
     FeatureSource,
     OnlineFeatures,
-    describe,
     draft_vocabulary,
     plan_batches,
+    read_json,
+    response_rows,
     shown,
 )
 from vsdbench_drafters.training.heldout import DecodedHeldOut, HeldOut
@@ -199,7 +200,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
     key = content_hash(recipe.data.content())
     wanted = (_recipe_hash(recipe), target_name or recipe.target)
     for path in (cache_dir() / "drafters").glob("*/training.json"):
-        summary = describe(path)
+        summary = read_json(path)
         if (summary.get("recipe_hash"), summary.get("target")) == wanted:
             free: dict[str, Any] = {"cached": True, "data_s": 0.0, "training_s": 0.0, "seconds": 0.0, "bytes": 0}
             return free | {"data_key": key, "warm_start": None}
@@ -236,7 +237,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
 
 
 def _open(folder: Path) -> TrainedDrafter | None:
-    summary = describe(folder / "training.json")
+    summary = read_json(folder / "training.json")
     if not summary or not (folder / "model.safetensors").is_file():
         return None
     return TrainedDrafter(
@@ -314,7 +315,7 @@ def _evaluator(
     """Return what judges the drafter on held-out answers and, where the recipe wants it, by decoding their prompts."""
     head = target.model.get_output_embeddings().weight
     maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
-    rows = [len(sequence.ids) - max(sequence.prompt_len, 2) for sequence in data.heldout]
+    rows = response_rows(data.heldout)
     scores = HeldOut(maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
     wanted = recipe.evaluation
     if wanted is None:

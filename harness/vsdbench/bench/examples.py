@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vsdbench.bench import metrics
-from vsdbench.bench.image_controls import misled
+from vsdbench.bench.image_controls import family, misled
 from vsdbench.bench.spans import answers_of
 from vsdbench.store.examples import PICTURES, ExamplePrompt, Examples, save_examples
 from vsdbench.store.frames import to_frames
@@ -79,7 +79,7 @@ def two_best(frames: Frames, mode: str, temperature: float) -> tuple[str, ...]:
     names = records.loc[records["num_steps"] > 0, "method"].unique()
     taus = {str(name): metrics.tau(metrics.select(records, steps, method=name)[1]) or 0.0 for name in sorted(names)}
     best = max(taus, key=taus.__getitem__)
-    others = {name: tau for name, tau in taus.items() if _family(name) != _family(best)}
+    others = {name: tau for name, tau in taus.items() if family(name) != family(best)}
     return (best, *([max(others, key=others.__getitem__)] if others else []))
 
 
@@ -164,7 +164,3 @@ def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     return out.getvalue()
-
-
-def _family(name: str) -> str:
-    return name.partition("@")[0]

@@ -37,7 +37,7 @@ def image_controls(
     of = {method["name"]: method["control_of"] for method in manifest.get("methods", []) if method.get("control_of")}
     families: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for control, drafter in of.items():
-        families.setdefault((_family(drafter), _family(control)), []).append((drafter, control))
+        families.setdefault((family(drafter), family(control)), []).append((drafter, control))
     seeing = frames[0][frames[0]["num_image_tokens"] > 0]
     found: list[dict[str, Any]] = []
     for (mode, _), records in seeing.groupby(["mode", "temperature"], sort=True):
@@ -76,5 +76,6 @@ def told(entry: Mapping[str, Any]) -> str:
     return f"Shown another picture, {entry['drafter']} at T = {entry['temperature']:g}: {taus}{interval}."
 
 
-def _family(name: str) -> str:
+def family(name: str) -> str:
+    """Return what the training seeds ``NAME@SEED`` of a drafter have in common."""
     return name.partition("@")[0]

@@ -54,14 +54,12 @@ def _build(names: Sequence[str], *, quiet: bool) -> list[dict[str, Any]]:
 
 def _described() -> list[dict[str, Any]]:
     from vsdbench.catalog import entries
-    from vsdbench.pictures.settings import BUILT_MODELS, METADATA, built_folder
+    from vsdbench.pictures.settings import BUILT_MODELS, METADATA, built_folder, load_metadata
 
     found = entries("models")
     for entry in found:
         if entry["name"] in BUILT_MODELS and (built_folder(entry["name"]) / METADATA).is_file():
-            import json
-
-            metadata = json.loads((built_folder(entry["name"]) / METADATA).read_text(encoding="utf-8"))
+            metadata = load_metadata(built_folder(entry["name"]))
             entry |= {"trained": metadata["trained"], "scores": metadata["scores"]}
     return found
 

@@ -28,7 +28,7 @@ from vsdbench.models.source import fetch_model
 from vsdbench.pictures.llava import assemble, make_processor
 from vsdbench.pictures.scenes import Scene
 from vsdbench.pictures.scoring import examine, num_reports
-from vsdbench.pictures.settings import BUILT_MODELS, METADATA, BuildSettings, built_folder
+from vsdbench.pictures.settings import BUILT_MODELS, METADATA, BuildSettings, built_folder, load_metadata
 from vsdbench.pictures.training import Answering, Naming, Stage
 from vsdbench.store.files import RunLock, storage_errors
 
@@ -72,12 +72,6 @@ def build(
     return load_metadata(folder)["scores"]  # type: ignore[no-any-return]
 
 
-def load_metadata(folder: Path) -> dict[str, Any]:
-    """Return what ``build.json`` says: settings, seconds, what was trained, scores, versions."""
-    found: dict[str, Any] = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-    return found
-
-
 def _build(name: str, settings: BuildSettings, language_model: Path, work: Path, console: Console) -> None:
     """Make the finished model in ``work / "model"``."""
     dtype = choose_dtype("auto", torch.device("cpu"))
@@ -100,7 +94,7 @@ def _build(name: str, settings: BuildSettings, language_model: Path, work: Path,
         stage: Stage = kind(model, stage_settings, dtype, processor.tokenizer)
         start = time.monotonic()
         with _bar(console, stage.name, stage_settings.num_steps) as advance:
-            stage.run(work / f"{kind.__name__.lower()}-{key}.pt", lambda step: advance(step.number, step.loss))
+            stage.run(work / f"{kind.__name__.lower()}-{key}.pt", advance)
         seconds[stage.name] = round(time.monotonic() - start, 1)
     scenes = [Scene(index, "heldout") for index in range(settings.num_scored)]
     start = time.monotonic()

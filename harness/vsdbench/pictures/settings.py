@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vsdbench.config import content_hash
 from vsdbench.errors import EnvironmentProblemError
@@ -119,6 +120,12 @@ BUILT_MODELS: dict[str, BuildSettings] = {
 def built_folder(name: str) -> Path:
     """Return where a built model lies in the cache, whether it has been built or not."""
     return cache_dir() / "models" / f"{name}-{BUILT_MODELS[name].key}"
+
+
+def load_metadata(folder: Path) -> dict[str, Any]:
+    """Return what ``build.json`` says: settings, seconds, what was trained, scores, versions."""
+    found: dict[str, Any] = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    return found
 
 
 def check_is_built(name: str) -> None:

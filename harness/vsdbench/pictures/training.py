@@ -12,7 +12,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,6 @@ _SHARPNESS = 8.0  # of the choice among words, in squared distances between two 
 _BACKGROUND_WEIGHT = 0.2  # of a patch that shows nothing, of which there are many
 _WARMUP = 0.04  # share of the steps
 _LAST_LR = 0.02  # share of the learning rate at the last step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What is said of a step: its number, how many there are, the loss."""
-
-    stage: str
-    number: int
-    num_steps: int
-    loss: float
 
 
 class Stage(ABC):
@@ -81,8 +70,11 @@ class Stage(ABC):
     def loss(self, scenes: list[Scene]) -> Tensor:
         """Return the loss on a batch of training scenes, a scalar."""
 
-    def run(self, saved: Path, report: Callable[[Step], None] = lambda _: None) -> None:
-        """Take the steps that are left; what is learned is written to ``saved`` once in a while and at the end."""
+    def run(self, saved: Path, report: Callable[[int, float], None] = lambda *_: None) -> None:
+        """Take the steps that are left, and report the number of each and its loss.
+
+        What is learned is written to ``saved`` once in a while and at the end.
+        """
         if saved.is_file():
             self._load(saved)
         since = time.monotonic()
@@ -97,9 +89,7 @@ class Stage(ABC):
             self._optimizer.step()
             self._schedule.step()
             self.done += 1
-            report(
-                Step(stage=self.name, number=self.done, num_steps=self.settings.num_steps, loss=float(loss.detach()))
-            )
+            report(self.done, float(loss.detach()))
             if time.monotonic() - since > self.save_every_s or self.done == self.settings.num_steps:
                 self._save(saved)
                 since = time.monotonic()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from vsdbench.config import short
 from vsdbench.errors import ConfigError
 
 ImageSource = Path | bytes | Image.Image | Callable[[], Image.Image]
@@ -119,10 +120,10 @@ def _source(value: object, folder: Path, where: str) -> ImageSource:
     if isinstance(value, bytes | Image.Image) or callable(value):
         return value
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where}: an image or a path is needed, not {_short(value)}.")
+        raise ConfigError(f"{where}: an image or a path is needed, not {short(value)}.")
     if "://" in value or value.startswith("data:"):
         raise ConfigError(
-            f"{where}: {_short(value)} is an address, and images are never fetched: save it and give the file's path."
+            f"{where}: {short(value)} is an address, and images are never fetched: save it and give the file's path."
         )
     return folder / Path(value).expanduser()
 
@@ -142,8 +143,3 @@ def _decoded(source: ImageSource, name: str) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     return (ImageOps.exif_transpose(image) or image).convert("RGB")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
