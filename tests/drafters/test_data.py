@@ -244,3 +244,12 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
     made = DataFolder(tmp_path / "large").finish([answer], next_index=4, meta={})
     assert made.sequences[0].ids.tolist() == [70_000, 5]
     assert made.sequences[0].ids.dtype == np.int32
+
+
+def test_data_that_another_process_made_meanwhile_stay_as_they_are(tmp_path):
+    ours, theirs = (Answer(3, np.array([token, 5], dtype=np.int32), 1, 0.0, "eos") for token in (7, 8))
+    made = DataFolder(tmp_path).finish([theirs], next_index=4, meta={})
+    late = DataFolder(tmp_path)
+    late.save_shard([ours])
+    assert late.finish([ours], next_index=4, meta={}).fingerprint == made.fingerprint
+    assert not list(tmp_path.glob("shard-*"))

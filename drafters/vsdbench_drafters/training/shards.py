@@ -212,9 +212,21 @@ class DataFolder:
     def finish(self, answers: Sequence[Answer], *, next_index: int, meta: dict[str, Any]) -> TrainingData:
         """Write the final arrays and the description, remove the shards, and return the data.
 
+        Where another process was faster its data stay as they are: it may be reading them.
+
         Raises:
             EnvironmentProblemError: The disk is full or the folder cannot be written.
         """
+        if self.open() is None:
+            self._write_arrays(answers, next_index, meta)
+        for path in self.path.glob("shard-*.npz"):
+            path.unlink(missing_ok=True)
+        data = self.open()
+        if data is None:
+            raise EnvironmentProblemError(f"{self.path} cannot be read back after writing; check the disk.")
+        return data
+
+    def _write_arrays(self, answers: Sequence[Answer], next_index: int, meta: dict[str, Any]) -> None:
         tokens = np.concatenate([answer.ids for answer in answers]) if answers else np.zeros(0, dtype=np.int32)
         small = tokens.size == 0 or int(tokens.max()) < 1 << 16
         tokens = tokens.astype(np.uint16 if small else np.int32)
@@ -231,12 +243,6 @@ class DataFolder:
         self._write("tokens.npy", lambda stream: np.save(stream, tokens))
         self._write("sequences.npy", lambda stream: np.save(stream, table))
         self._write("meta.json", lambda stream: stream.write(text.encode()))
-        for path in self.path.glob("shard-*.npz"):
-            path.unlink(missing_ok=True)
-        data = self.open()
-        if data is None:
-            raise EnvironmentProblemError(f"{self.path} cannot be read back after writing; check the disk.")
-        return data
 
     def _write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
         """Write a file beside its place and rename it."""
