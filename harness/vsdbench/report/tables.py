@@ -1,6 +1,6 @@
-"""The summary as tables: for the terminal at any width, and the same rows as Markdown and CSV.
+"""The summary as tables for the terminal, at any width.
 
-A terminal table is laid out in the widest form that fits: intervals beside their values, below them, or in two tables.
+A table is laid out in the widest form that fits: intervals beside their values, below them, or in two tables.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from vsdbench.bench.checks import CONTROL_CONFIDENCE, detectable_line
 from vsdbench.bench.image_controls import told
-from vsdbench.bench.summary import Summary, summary_frame
+from vsdbench.bench.summary import Summary
 
 MISSING = "\N{EN DASH}"
 _NO_LIMIT = 100_000
@@ -42,7 +42,7 @@ class Cell:
 
 
 def table_rows(summary: Summary, *, categories: bool = False) -> list[dict[str, Cell]]:
-    """Return one row a drafter x mode (x category), the same columns in each, ready to be set in any format.
+    """Return one row a drafter x mode (x category), the same columns in each.
 
     Args:
         summary: As ``summarise`` gives it.
@@ -252,26 +252,6 @@ def print_detectable(summary: Summary, console: Console) -> None:
         console.print(Text(line, style="dim"))
 
 
-def to_markdown(summary: Summary, *, categories: bool = True) -> str:
-    """Return the two tables and the definitions as GitHub-flavoured Markdown."""
-    parts = [f"**{_escape(title(summary))}**"]
-    parts += [_markdown(rows) for rows in (baseline_rows(summary), table_rows(summary, categories=categories)) if rows]
-    return "\n\n".join([*parts, definitions(summary)]) + "\n"
-
-
-def to_csv(summary: Summary) -> str:
-    """Return every result (all categories) as CSV with unrounded numbers; lists are joined by semicolons."""
-    frame = summary_frame(summary)
-    for name in frame.columns:
-        if any(isinstance(value, list) for value in frame[name]):
-            frame[name] = [_joined(value) if isinstance(value, list) else None for value in frame[name]]
-    return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _joined(values: Sequence[float | None]) -> str:
-    return ";".join("" if value is None else repr(value) for value in values)
-
-
 # --- layout --------------------------------------------------------------------------------------------------------
 
 
@@ -328,18 +308,6 @@ def _style(cell: Cell) -> str:
     return "bold red" if cell.alarm else "bold" if cell.strong else ""
 
 
-def _markdown(rows: Sequence[dict[str, Cell]]) -> str:
-    lines = ["| " + " | ".join(_escape(name) for name in rows[0]) + " |"]
-    lines.append("|" + "|".join(" --- " if index == 0 else " ---: " for index in range(len(rows[0]))) + "|")
-    for row in rows:
-        cells = (_escape(cell.inline()) for cell in row.values())
-        marked = (
-            f"**{text}**" if cell.strong or cell.alarm else text for text, cell in zip(cells, row.values(), strict=True)
-        )
-        lines.append("| " + " | ".join(marked) + " |")
-    return "\n".join(lines)
-
-
 # --- cells ---------------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +336,3 @@ def _lossless(counts: dict[str, Any]) -> Cell:
         return Cell(value="unchecked")
     text = f"{counts['equal']}·{counts['near_tie']}·{counts['violations']}"
     return Cell(value=text, alarm=counts["violations"] > 0)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
