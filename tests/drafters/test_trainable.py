@@ -102,9 +102,8 @@ def test_a_recipe_trains_a_drafter_that_decodes_losslessly(write, toy_target, to
 def test_shipped_recipes_learn_what_they_are_shown(toy_target, toy_data, name, changes, optimiser):
     """The same few sequences again and again: the loss that the recipe minimises falls by a quarter at least."""
     base = ["architecture.draft_vocab_size=60", "training.autocast=false", "training.epochs=60", "training.lr=2e-2"]
-    trained = train(
-        FOLDER / f"{name}.yaml", target=toy_target, overrides=[*base, *changes, f"training.optimiser={optimiser}"]
-    )
+    recipe = load_recipe(FOLDER / f"{name}.yaml", [*base, *changes, f"training.optimiser={optimiser}"])
+    trained = train(recipe, target=toy_target)
     entries = [json.loads(line) for line in (trained.path / "log.jsonl").read_text().splitlines()]
     assert entries[-1]["loss"] < 3 / 4 * entries[0]["loss"], [entry["loss"] for entry in entries]
 

@@ -97,7 +97,6 @@ def train(
     recipe: RecipeConfig | str | Path,
     *,
     target: Target,
-    overrides: Sequence[str] = (),
     console: Console | None = None,
     resume: bool = True,
     processes: Processes | None = None,
@@ -107,7 +106,6 @@ def train(
     Args:
         recipe: A recipe, or its name or path.
         target: The loaded target that it drafts for.
-        overrides: ``key=value`` changes, for a recipe given by name.
         console: Where progress goes; None shows nothing.
         resume: Continue a training that was stopped.
         processes: Those that train it together, this one among them (``vsdbench.processes``); None: this one alone.
@@ -117,7 +115,7 @@ def train(
         EnvironmentProblemError: The data cannot be made, the disk is full, or another process stopped.
     """
     if not isinstance(recipe, RecipeConfig):
-        recipe = load_recipe(recipe, overrides)
+        recipe = load_recipe(recipe)
     processes = processes or Processes()
     console = console if console is not None and processes.is_first else Console(quiet=True)
     folder = cache_dir() / "drafters" / drafter_key(recipe, target)

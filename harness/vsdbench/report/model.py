@@ -184,9 +184,9 @@ def count(value: int | None) -> Cell:
     return Cell(text=MISSING) if value is None else Cell(text=f"{value:,}".replace(",", "\u202f"), number=value)
 
 
-def number(value: float | None, digits: int = 2, *, strong: bool = False) -> Cell:
+def number(value: float | None, digits: int = 2) -> Cell:
     """Return a rounded number."""
-    return estimate(value, None, digits, strong=strong)
+    return estimate(value, None, digits)
 
 
 def estimate(
@@ -228,13 +228,13 @@ def fixed(value: float, digits: int) -> str:
     return text.replace("-", MINUS)
 
 
-def signed(value: float, digits: int = 1) -> str:
-    """Return a change with its sign; none for one that rounds to 0.
+def signed(value: float) -> str:
+    """Return a change with its sign, one decimal; none for one that rounds to 0.
 
     >>> signed(2.04), signed(-0.01)
     ('+2.0', '0.0')
     """
-    text = fixed(value, digits)
+    text = fixed(value, 1)
     return text if text.startswith(MINUS) or float(text) == 0 else f"+{text}"
 
 
