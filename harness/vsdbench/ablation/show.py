@@ -17,8 +17,8 @@ from vsdbench.bench.estimate import minutes
 from vsdbench.bench.paired import ALPHA
 from vsdbench.report.figures import SCREEN, mode_label, save
 from vsdbench.report.plots import arm_panels, forest_figure
+from vsdbench.report.tables import MISSING
 
-MISSING = "\N{EN DASH}"
 _MEASURES = ("tau", "speedup")
 
 

@@ -278,10 +278,10 @@ def _control_words(run: Run) -> str:
 
 def _seeds(run: Run) -> str:
     if run.analysis is not None:
-        seeds = {s if isinstance(s := arm.get("seeds"), int) else len(s or []) for arm in run.analysis["arms"]} - {0}
-        if seeds and max(seeds) >= 3:
+        num_seeds = max(len(arm["seeds"]) for arm in run.analysis["arms"])
+        if num_seeds >= 3:
             return (
-                f"**Seeds.** {spelled(max(seeds)).capitalize()} training seeds an arm; the spread between seeds is "
+                f"**Seeds.** {spelled(num_seeds).capitalize()} training seeds an arm; the spread between seeds is "
                 "part of every interval, and is itself known from that many only."
             )
     trained = [name for name, method in run.methods.items() if (method.get("training") or {}).get("tokens")]

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vsdbench.bench.paired import ALPHA
-
-_MISSING = "\N{EN DASH}"
+from vsdbench.report.tables import MISSING
 
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
@@ -71,7 +70,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         name = row["a"] if row["a"] == row["b"] else f"{row['b']}\nagainst {row['a']}"
         seeds = [Text(str(row["num_seeds"]))] if with_seeds else []
-        taus = [Text(_MISSING if row[key] is None else f"{row[key]:.2f}") for key in ("tau_a", "tau_b")]
+        taus = [Text(MISSING if row[key] is None else f"{row[key]:.2f}") for key in ("tau_a", "tau_b")]
         changes = [cell for metric in ("tau", "speedup") for cell in _change(row, metric)]
         table.add_row(
             Text(name), Text(f"{row['temperature']:g}"), Text(str(row["num_prompts"])), *seeds, *taus, *changes
@@ -83,8 +82,8 @@ def _change(row: Mapping[str, Any], metric: str) -> list[Text]:
     """Return the change with its interval below it, and its adjusted p."""
     change, ci, p_value = (row[name] for name in (f"delta_{metric}_pct", f"delta_{metric}_ci", f"p_{metric}_holm"))
     if change is None:
-        return [Text(_MISSING), Text(_MISSING)]
+        return [Text(MISSING), Text(MISSING)]
     interval = "" if ci is None else f"\n{ci[0]:+.1f} to {ci[1]:+.1f}"
     style = "bold" if p_value is not None and p_value < ALPHA else ""
-    told = _MISSING if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    told = MISSING if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
     return [Text(f"{change:+.1f} %{interval}", style=style), Text(told, style=style)]

@@ -112,8 +112,7 @@ def _summary(runs: Sequence[Run]) -> tuple[str, ...]:
 def _of_ablation(run: Run) -> list[str]:
     analysis = run.analysis or {}
     reference = next(arm for arm in analysis["arms"] if arm["name"] == analysis["reference"])
-    seeds = reference.get("seeds")
-    num_seeds = seeds if isinstance(seeds, int) else len(seeds or [])
+    num_seeds = len(reference["seeds"])
     of_seeds = f"{num_seeds} training seeds" if num_seeds > 1 else "one training seed"
     interval = _interval(reference.get("tau_ci"))
     start = (

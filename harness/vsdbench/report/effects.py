@@ -181,8 +181,7 @@ def _table(analysis: Mapping[str, Any], suffix: str) -> Table:
 
 def _row(arm: Mapping[str, Any], mode: Mapping[str, Any], reference: str) -> tuple[Cell, ...]:
     budget = arm.get("budget") or {}
-    seeds = arm.get("seeds")
-    num_seeds = seeds if isinstance(seeds, int) else len(seeds or [])
+    num_seeds = len(arm["seeds"])
     is_reference = arm["name"] == reference
     off = (
         ", ".join(arm.get("disabled") or [])
@@ -271,7 +270,8 @@ def comparison(runs: Sequence[Run]) -> Section | None:
     text = (
         f"[[table:comparison]] holds drafters of the same name against run {runs[0].label}, paired by prompt. "
         "Speed is compared through each run's own baseline, prompt by prompt, since two runs do not share the state "
-        f"of the machine; τ needs no such care.{apart} {' '.join(_said(*difference) for difference in differences)}"
+        f"of the machine; τ needs no such care.{apart} "
+        + " ".join(_said(run, mode, name, tau) for run, mode, name, tau, _ in differences)
     )
     blocks: list[Block] = [text, _comparison_table(differences, runs[0].label)]
     panels = {
@@ -316,7 +316,7 @@ def _sure(difference: Difference | None) -> bool:
     return difference is not None and difference.p_value is not None and difference.p_value < ALPHA
 
 
-def _said(run: Run, mode: Mode, name: str, tau: Difference, _speedup: Difference | None) -> str:
+def _said(run: Run, mode: Mode, name: str, tau: Difference) -> str:
     if tau.change_pct is None:
         return ""
     sure = "" if _sure(tau) else ", which is not established"

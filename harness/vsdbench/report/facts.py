@@ -260,7 +260,9 @@ def same_prompts(first: Run, second: Run) -> bool:
     return prompts[0] == prompts[1]
 
 
-def _leader(run: Run, mode: Mode, measure: str, difference: Callable[[list[Frames], list[Frames]], Difference]) -> Any:  # noqa: ANN401
+def _leader(
+    run: Run, mode: Mode, measure: str, difference: Callable[[list[Frames], list[Frames]], Difference]
+) -> Leader | None:
     rows = [row for row in run.in_mode(mode) if row[measure] is not None and row["drafter"] not in run.misled]
     known = sorted(rows, key=lambda row: -row[measure])
     if len(known) < 2:
