@@ -302,7 +302,7 @@ def test_the_estimate_is_of_the_size_of_the_run(finished):
         name: sum(record.prefill_s + record.decode_s for record in records if record.method == name) for name in METHODS
     }
     ratio = statistics.median(predicted.values()) / statistics.median(measured.values())
-    assert 1 / 3 < ratio < 3
+    assert 1 / 10 < ratio < 10  # other work on the machine may come between, a wrong unit or factor may not
 
 
 def test_the_estimate_as_a_table(workspace):
