@@ -1,11 +1,15 @@
-"""Shared fixtures: a factory of records, and a synthetic run with known properties."""
+"""Shared fixtures: a factory of records, a synthetic run with known properties, another process that holds a lock."""
 
 from __future__ import annotations
 
+import io
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from vsdbench.store.records import STEP_COLUMNS, Record, hash_tokens
 
@@ -114,3 +118,43 @@ def _make_record():
 def _make_run():
     """The factory of a whole synthetic run."""
     return make_run
+
+
+HOLD = """
+import fcntl, os, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print(os.getpid(), file=file, flush=True)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held_elsewhere():
+    """A way to have another process hold a lock's file until this one says that it waits; then that one is killed.
+
+    It returns the console to say so to, whose ``file`` has what was said. ``meanwhile`` is called before the kill.
+    """
+    others = []
+
+    def hold(path, meanwhile=lambda: None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        other = subprocess.Popen([sys.executable, "-I", "-S", "-c", HOLD, str(path)], **pipes)
+        others.append(other)
+        assert other.stdout.readline() == "held\n"
+
+        class Listening(Console):
+            def print(self, *objects, **options):
+                super().print(*objects, **options)
+                if f"by another process (pid {other.pid}): waiting for it." in str(objects):
+                    meanwhile()
+                    other.kill()
+
+        return Listening(file=io.StringIO(), width=200)
+
+    yield hold
+    for other in others:
+        other.kill()
+        other.communicate()

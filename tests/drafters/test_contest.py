@@ -13,6 +13,7 @@ from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.training import train as train_module
 from vsdbench_drafters.training.contest import check_family, members, split_name
+from vsdbench_drafters.training.heldout import DecodedHeldOut
 from vsdbench_drafters.training.loop import TrainingLoop
 from vsdbench_drafters.training.recipe import load_recipe
 from vsdbench_drafters.training.train import drafter_key, estimate, train
@@ -164,7 +165,7 @@ def test_the_best_evaluation_is_kept(contest, toy_target, toy_data, monkeypatch)
 
     recipe = load_recipe(f"{contest}:kl")
     train(recipe.warm_start, target=toy_target)
-    monkeypatch.setattr(train_module.DecodedHeldOut, "evaluate", evaluate)
+    monkeypatch.setattr(DecodedHeldOut, "evaluate", evaluate)
     trained = train(recipe, target=toy_target)
     summary = json.loads((trained.path / "training.json").read_text())
     assert summary["selected_step"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -246,10 +247,17 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
     assert made.sequences[0].ids.dtype == np.int32
 
 
-def test_data_that_another_process_made_meanwhile_stay_as_they_are(tmp_path):
-    ours, theirs = (Answer(3, np.array([token, 5], dtype=np.int32), 1, 0.0, "eos") for token in (7, 8))
-    made = DataFolder(tmp_path).finish([theirs], next_index=4, meta={})
-    late = DataFolder(tmp_path)
-    late.save_shard([ours])
-    assert late.finish([ours], next_index=4, meta={}).fingerprint == made.fingerprint
-    assert not list(tmp_path.glob("shard-*"))
+def test_data_that_another_process_makes_are_waited_for(target, cache, held_elsewhere, monkeypatch):
+    def made_there():
+        with monkeypatch.context() as patch:
+            patch.setenv("VSDBENCH_CACHE", str(cache / "elsewhere"))
+            there = make(target).path
+        shutil.copytree(there, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        monkeypatch.setattr(data_module, "_Maker", None)
+
+    folder = cache / "data" / data_key(CONFIG, target)
+    console = held_elsewhere(folder / ".lock", made_there)
+    with pytest.raises(ConfigError, match=r"The training data are being made by another process \(pid \d+\); wait"):
+        make(target)
+    assert make(target, console=console).num_response_tokens >= CONFIG.num_tokens
+    assert "The training data are being made by another process" in console.file.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from tests.decoding.tiny import make_prompt, make_target
 from tests.drafters.path_tools import Sequence, make_drafter_model
 
-from vsdbench.errors import EnvironmentProblemError
+from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models.branching import branch_states
 from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.training import feature_files
@@ -35,7 +36,7 @@ def target():
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def test_cached_features_are_the_online_ones(tmp_path, toy_target, toy_sequences):
@@ -49,7 +50,7 @@ def test_cached_features_are_the_online_ones(tmp_path, toy_target, toy_sequences
     assert found.keys == ()
     cached_features(toy_target, toy_sequences, tmp_path, **make)
     assert sum(done) == sum(len(s.ids) for s in toy_sequences)  # read, not made again
-    assert [path.suffix for path in tmp_path.iterdir()] == [".bin"]
+    assert [name.partition(".")[2] for name in names(tmp_path)] == ["bin"]
 
 
 def test_a_full_disk_while_caching(tmp_path, toy_target, toy_sequences, monkeypatch):
@@ -64,17 +65,30 @@ def test_a_full_disk_while_caching(tmp_path, toy_target, toy_sequences, monkeypa
     assert names(tmp_path) == []
 
 
-def test_two_processes_that_make_the_same_file_do_not_disturb_each_other(tmp_path, target, monkeypatch):
-    def begin_again(_count):
-        monkeypatch.setattr(feature_files.os, "getpid", lambda: -1)
-        cached_features(target, SEQUENCES, tmp_path, fingerprint="d")
-        monkeypatch.undo()
+@pytest.fixture
+def made(tmp_path, target):
+    """A file of features."""
+    cached_features(target, SEQUENCES, tmp_path / "elsewhere", fingerprint="d")
+    return next((tmp_path / "elsewhere").glob("*.bin"))
 
-    monkeypatch.setattr(feature_files, "_PASS_TOKENS", 20)  # several batches: the other begins behind the first
-    cached = cached_features(target, SEQUENCES, tmp_path, fingerprint="d", progress=begin_again)
-    expected = OnlineFeatures(target, SEQUENCES).read([0, 1, 2, 3])
-    torch.testing.assert_close(cached.read([0, 1, 2, 3]).states, expected.states)
-    assert len(names(tmp_path)) == 1
+
+def test_files_that_another_process_makes_are_waited_for(tmp_path, target, made, held_elsewhere):
+    folder, seen = tmp_path / "features", []
+    console = held_elsewhere(folder / f".{made.stem}.lock", lambda: shutil.copy(made, folder))
+    with pytest.raises(ConfigError, match="features are being made by another process"):
+        cached_features(target, SEQUENCES, folder, fingerprint="d")
+    cached_features(target, SEQUENCES, folder, fingerprint="d", console=console, progress=seen.append)
+    assert "The target's features are being made by another process" in console.file.getvalue()
+    assert (names(folder), seen) == ([made.name], [])
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path, target, made, held_elsewhere):
+    folder = tmp_path / "features"
+    console = held_elsewhere(folder / f".{made.stem}.lock")
+    (folder / f"{made.name}.partial").write_bytes(bytes(10_000_000))
+    cached_features(target, SEQUENCES, folder, fingerprint="d", console=console)
+    assert (folder / made.name).read_bytes() == made.read_bytes()
+    assert names(folder) == [made.name]
 
 
 def test_kept_keys_are_those_of_a_plain_forward(tmp_path, target):

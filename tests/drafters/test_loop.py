@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -210,7 +211,10 @@ def test_rates_rise_and_fall_to_almost_nothing(schedule):
     assert all(a >= b for a, b in itertools.pairwise(scales[10:]))
 
 
-def test_train_caches_by_content(tmp_path, toy_target, toy_sequences, monkeypatch):
+@pytest.fixture
+def recipe(tmp_path, toy_sequences, monkeypatch):
+    """A recipe whose data are there."""
+
     class Sequences(list):
         lengths = torch.tensor([len(s.ids) for s in toy_sequences])
 
@@ -219,7 +223,7 @@ def test_train_caches_by_content(tmp_path, toy_target, toy_sequences, monkeypatc
     )
     monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(train_module, "ensure_data", lambda *_args, **_kwargs: data)
-    recipe = RecipeConfig.model_validate(
+    return RecipeConfig.model_validate(
         {
             "name": "toy",
             "target": "toy",
@@ -228,6 +232,9 @@ def test_train_caches_by_content(tmp_path, toy_target, toy_sequences, monkeypatc
             "training": {"batch_tokens": 16},
         }
     )
+
+
+def test_train_caches_by_content(recipe, toy_target):
     trained = train_module.train(recipe, target=toy_target)
     assert (trained.cached, trained.objective) == (False, "ce")
     assert Eagle3Model.load(trained.path, toy_target).config.draft_vocab_size == 40
@@ -237,3 +244,23 @@ def test_train_caches_by_content(tmp_path, toy_target, toy_sequences, monkeypatc
     assert train_module.estimate(recipe)["cached"]
     other = recipe.model_copy(update={"training": TrainingConfig(batch_tokens=16, seed=1)})
     assert not train_module.train(other, target=toy_target).cached
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["trained", "killed"])
+def test_a_drafter_that_another_process_trains_is_waited_for(
+    recipe, toy_target, tmp_path, held_elsewhere, monkeypatch, finished
+):
+    def train_there():
+        with monkeypatch.context() as patch:
+            patch.setenv("VSDBENCH_CACHE", str(tmp_path / "elsewhere"))
+            there = train_module.train(recipe, target=toy_target).path
+        if finished:
+            shutil.copytree(there, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+
+    folder = tmp_path / "drafters" / train_module.drafter_key(recipe, toy_target)
+    console = held_elsewhere(folder / ".lock", train_there)
+    trained = train_module.train(recipe, target=toy_target, console=console)
+    assert "The drafter of 'toy' is being trained by another process (pid " in console.file.getvalue()
+    assert (trained.cached, trained.path) == (finished, folder)
+    files = [path / "model.safetensors" for path in (folder, tmp_path / "elsewhere" / "drafters" / folder.name)]
+    assert files[0].read_bytes() == files[1].read_bytes()

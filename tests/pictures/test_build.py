@@ -24,7 +24,6 @@ from vsdbench.pictures.scenes import CATEGORIES, Scene
 from vsdbench.pictures.scoring import CAPTION_FACTS
 from vsdbench.pictures.settings import built_folder, load_metadata
 from vsdbench.pictures.training import Naming
-from vsdbench.store.files import RunLock
 
 from .conftest import tiny_settings
 
@@ -109,12 +108,21 @@ def _stop_at(number, last):
         raise KeyboardInterrupt
 
 
-def test_what_is_being_built_or_does_not_fit_is_refused(cache, language_model, monkeypatch) -> None:
+def test_what_is_being_built_is_waited_for_and_what_does_not_fit_is_refused(
+    cache, language_model, monkeypatch, held_elsewhere
+) -> None:
     folder = cache / "models" / "seeing-1"
-    work = folder.with_name(".building-seeing-1")
-    work.mkdir(parents=True)
-    with RunLock(work), pytest.raises(ConfigError, match="another process"):
-        build("seeing", tiny_settings(), language_model, folder, _console())
+    ready = {"scores": {"caption": {"picture": 1.0}}}
+
+    def built() -> None:
+        folder.mkdir()
+        (folder / settings.METADATA).write_text(json.dumps(ready))
+
+    console = held_elsewhere(folder.with_name(".building-seeing-1") / ".lock", built)
+    assert build("seeing", tiny_settings(), language_model, folder, console) == ready["scores"]
+    assert "The target 'seeing' is being built by another process" in console.file.getvalue()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    shutil.rmtree(folder)
     monkeypatch.setattr(building.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(EnvironmentProblemError, match=r"the build needs .* free some space"):
         build("seeing", tiny_settings(), language_model, folder, _console())

@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(run, make_record, monke
 
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "fsync", full)
-            with pytest.raises(EnvironmentProblemError, match="is full; free some space and go on with --resume"):
+            with pytest.raises(EnvironmentProblemError, match="is full; free some space and repeat the command"):
                 store.append(second)
             with pytest.raises(EnvironmentProblemError, match="is full"):
                 store.update_manifest(ended=True)
@@ -219,6 +219,21 @@ def test_one_writer_at_a_time(run):
         with pytest.raises(ConfigError, match="being written"):
             RunStore.open(run)
     RunStore.open(run).close()
+
+
+def test_who_waits_for_a_lock_goes_on_when_its_holder_is_killed(tmp_path, held_elsewhere):
+    path = tmp_path / "things" / ".lock"
+    console = held_elsewhere(path)
+    with pytest.raises(
+        ConfigError, match=r"^The thing is being made by another process \(pid \d+\); wait for it to end"
+    ):
+        files.FileLock(path, "The thing is being made")
+    with files.FileLock(path, "The thing is being made", console=console):
+        assert console.file.getvalue().startswith("The thing is being made by another process (pid ")
+        assert path.read_text() == str(os.getpid())
+        with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
+            files.FileLock(path, "The thing is being made")
+    files.FileLock(path, "The thing is being made").release()
 
 
 def test_create_refuses_a_folder_with_a_run(run):

@@ -158,17 +158,30 @@ def ensure_data(
     Args:
         config: What to make.
         target: Who answers.
-        console: Where progress goes; None shows nothing.
+        console: Where progress goes, and for whom this process waits if another one makes them; None: it does not wait.
         articles: In place of the fetched ones.
         excluded: Hashes of prompts that must not be used; None means those of every evaluation suite.
 
     Raises:
-        ConfigError: No prompt fits into ``max_prompt_tokens``.
+        ConfigError: No prompt fits into ``max_prompt_tokens``, or another process makes them and there is no console.
         EnvironmentProblemError: The articles cannot be fetched or the disk is full.
     """
     folder = DataFolder(cache_dir() / "data" / data_key(config, target))
-    if (data := folder.open()) is not None:
-        return with_images(data, config, target.encode_chat)
+    if (data := folder.open()) is None:
+        with folder.lock(console):
+            data = folder.open() or _make(config, target, folder, console, articles, excluded)
+    return with_images(data, config, target.encode_chat)
+
+
+def _make(  # noqa: PLR0917 - what ``ensure_data`` was given
+    config: DataConfig,
+    target: DataTarget,
+    folder: DataFolder,
+    console: Console | None,
+    articles: Sequence[Article] | None,
+    excluded: frozenset[str] | None,
+) -> TrainingData:
+    """Return the data, made now in a folder that this process holds."""
     if articles is None:
         articles = load_articles(progress=console is not None) if config.has_text else ()
     if excluded is None and config.has_text:
@@ -195,7 +208,7 @@ def ensure_data(
         "note": ("Prompts quote Wikipedia leads (CC BY-SA 4.0); " if config.has_text else "")
         + "responses were written by the target.",
     }
-    return with_images(folder.finish(answers, next_index=next_index, meta=meta), config, target.encode_chat)
+    return folder.finish(answers, next_index=next_index, meta=meta)
 
 
 class _Maker:

@@ -8,7 +8,6 @@ forwards fill all of them.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,11 +22,14 @@ from torch import Tensor
 from vsdbench.config import content_hash
 from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models.branching import key_shape
+from vsdbench.store.files import FileLock
 from vsdbench_drafters.objectives.base import ImageTokens
 from vsdbench_drafters.training.features import Features, run_target, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from rich.console import Console
 
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.features import Sequenced
@@ -65,8 +67,8 @@ class _File:
 
     @property
     def partial(self) -> Path:
-        """Where it is until it is complete, a name of this process alone: another one may be making the same file."""
-        return self.path.with_suffix(f"{self.path.suffix}.partial-{os.getpid()}")
+        """Where it is until it is complete."""
+        return self.path.with_suffix(f"{self.path.suffix}.partial")
 
     def is_whole(self, num_tokens: int, itemsize: int) -> bool:
         """Whether it is there in full."""
@@ -142,6 +144,7 @@ def cached_features(
     keys: bool = False,
     images: bool = False,
     progress: Callable[[int], None] = lambda _: None,
+    console: Console | None = None,
 ) -> CachedFeatures:
     """Return the features of a data set, from ``folder`` or made now.
 
@@ -153,8 +156,10 @@ def cached_features(
         keys: Keep keys and values too (``branching.can_branch`` says for which targets they are of use).
         images: Some sequences have images.
         progress: Told how many tokens were done, batch by batch.
+        console: Where it is said if another process is making them, for which this one waits; None: it does not wait.
 
     Raises:
+        ConfigError: Another process is making them, and there is no console.
         EnvironmentProblemError: The disk is full.
     """
     lengths = [len(sequence.ids) for sequence in sequences]
@@ -168,25 +173,11 @@ def cached_features(
     if images:
         name, width = content_hash([*same, "images"]), 1 + target.hidden_size
         files.append(_File(folder / f"{name}.images", (width,), _beside_mask))
-    missing = [file for file in files if not file.is_whole(total, itemsize)]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(target, sequences, lengths, missing, progress)
-            for file in missing:
-                file.partial.replace(file.path)
-        except (OSError, RuntimeError) as error:
-            if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
-                size = num_bytes(total, sum(file.numbers for file in missing), itemsize)
-                cheaper = "training.keys=false" if keys else "training.features=online"
-                raise EnvironmentProblemError(
-                    f"the disk is full: the target's features in {folder} need {size / 1e9:.1f} GB; free it or set "
-                    f"{cheaper}."
-                ) from error
-            raise
-        finally:
-            for file in missing:
-                file.partial.unlink(missing_ok=True)
+    if not all(file.is_whole(total, itemsize) for file in files):
+        with FileLock(folder / f".{files[0].path.stem}.lock", "The target's features are being made", console=console):
+            missing = [file for file in files if not file.is_whole(total, itemsize)]
+            if missing:
+                _make(target, sequences, lengths, missing, progress)
     return CachedFeatures(
         lengths,
         files[0],
@@ -195,6 +186,32 @@ def cached_features(
         dtype=target.dtype,
         device=target.device,
     )
+
+
+def _make(
+    target: Target,
+    sequences: Sequence[Sequenced],
+    lengths: list[int],
+    files: Sequence[_File],
+    progress: Callable[[int], None],
+) -> None:
+    """Make files that appear whole or not at all; what a killed process left of them is written over."""
+    try:
+        _write(target, sequences, lengths, files, progress)
+        for file in files:
+            file.partial.replace(file.path)
+    except (OSError, RuntimeError) as error:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+            size = num_bytes(sum(lengths), sum(file.numbers for file in files), target.dtype.itemsize)
+            cheaper = "keys=false" if any(len(file.shape) > 1 for file in files) else "features=online"
+            raise EnvironmentProblemError(
+                f"the disk is full: the target's features in {files[0].path.parent} need {size / 1e9:.1f} GB; free it "
+                f"or set training.{cheaper}."
+            ) from error
+        raise
+    finally:
+        for file in files:
+            file.partial.unlink(missing_ok=True)
 
 
 def _write(

@@ -16,15 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.decoding.engine import DecodeSettings, decode
+from vsdbench.decoding.sampling import SamplingParams
+from vsdbench.errors import ConfigError
+from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView, unroll
 from vsdbench_drafters.objectives.misalignment import Misalignment, misalignment
+from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, plan_batches, response_rows, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vsdbench.decoding.interfaces import Drafter
     from vsdbench.models.target import Target
-    from vsdbench_drafters.training.features import BatchMaker
+    from vsdbench_drafters.training.features import Sequenced
+    from vsdbench_drafters.training.recipe import RecipeConfig
+    from vsdbench_drafters.training.shards import TrainingData
 
 NUM_STEPS = 4
 _ANCHORS = 4  # of a held-out answer, for misalignment
@@ -161,3 +167,42 @@ class DecodedHeldOut:
                     per_sequence=_ANCHORS, budget=shape.budget, top_k=shape.top_k, depth=shape.depth,
                 )  # fmt: skip
         return total.shares()
+
+
+def evaluator(
+    recipe: RecipeConfig, target: Target, data: TrainingData, model: DraftModel
+) -> HeldOut | DecodedHeldOut | None:
+    """Return what judges the drafter on held-out answers and, where the recipe wants it, by decoding their prompts."""
+    head = target.model.get_output_embeddings().weight
+    maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
+    rows = response_rows(data.heldout)
+    scores = HeldOut(maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
+    wanted = recipe.evaluation
+    if wanted is None:
+        return scores
+    chosen = [data.heldout[i] for i in range(min(wanted.prompts, len(data.heldout)))]
+    prompts = [_prompt(sequence) for sequence in chosen]
+    if len(prompts) < wanted.prompts:
+        raise ConfigError(
+            f"evaluation.prompts is {wanted.prompts}, but the data has {len(prompts)} held-out prompts: raise "
+            "data.num_heldout or lower evaluation.prompts."
+        )
+    settings = DecodeSettings(
+        max_new_tokens=wanted.max_new_tokens,
+        shape=wanted.tree.shape(),
+        rule="coupled" if wanted.temperature else "greedy",
+        sampling=SamplingParams(temperature=wanted.temperature),
+    )
+    batches = []
+    if model.one_head:  # the drafters whose paths can be drawn
+        asking = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model, target)
+        plan = plan_batches(rows[: wanted.prompts], 1024, seed=0, epoch=0)
+        batches = [asking.make(indices, seed=number) for number, indices in enumerate(plan)]
+    return DecodedHeldOut(
+        scores, target, prompts, settings, lambda drafter: drafter.drafter(target.dtype), batches=batches
+    )
+
+
+def _prompt(sequence: Sequenced) -> Sequence[int]:
+    prompt = shown(sequence, sequence.prompt_len)
+    return prompt if isinstance(prompt, ImagePrompt) else [int(token) for token in prompt]

@@ -22,8 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsdbench.errors import EnvironmentProblemError
+from vsdbench.store.files import FileLock
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vsdbench_drafters.training.scenes import ShownSequences
 
 HELDOUT_OFFSET = 1 << 40
@@ -156,7 +159,7 @@ class TrainingData:
 
 
 class DataFolder:
-    """The folder of one data set, complete or in the making."""
+    """The folder of one data set, complete or in the making; one process at a time writes it, under its ``lock``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -181,6 +184,14 @@ class DataFolder:
             meta=meta,
             path=self.path,
         )
+
+    def lock(self, console: Console | None) -> FileLock:
+        """Hold the folder, after waiting for another process that does; None: without waiting.
+
+        Raises:
+            ConfigError: Another process holds it, and there is no console to say so.
+        """
+        return FileLock(self.path / ".lock", "The training data are being made", console=console)
 
     def save_shard(self, answers: Sequence[Answer]) -> None:
         """Write answers as a new shard.
@@ -212,13 +223,10 @@ class DataFolder:
     def finish(self, answers: Sequence[Answer], *, next_index: int, meta: dict[str, Any]) -> TrainingData:
         """Write the final arrays and the description, remove the shards, and return the data.
 
-        Where another process was faster its data stay as they are: it may be reading them.
-
         Raises:
             EnvironmentProblemError: The disk is full or the folder cannot be written.
         """
-        if self.open() is None:
-            self._write_arrays(answers, next_index, meta)
+        self._write_arrays(answers, next_index, meta)
         for path in self.path.glob("shard-*.npz"):
             path.unlink(missing_ok=True)
         data = self.open()
@@ -245,8 +253,8 @@ class DataFolder:
         self._write("meta.json", lambda stream: stream.write(text.encode()))
 
     def _write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
-        """Write a file beside its place and rename it."""
-        temporary = self.path / f".{name}-{os.getpid()}"
+        """Write a file beside its place and rename it; what a killed process left there is written over."""
+        temporary = self.path / ".partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as stream:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -16,13 +16,10 @@ from rich.console import Console
 
 from vsdbench.bars import Bars
 from vsdbench.config import content_hash
-from vsdbench.decoding.engine import DecodeSettings
-from vsdbench.decoding.sampling import SamplingParams
-from vsdbench.errors import ConfigError
 from vsdbench.models.branching import can_branch, counts_tokens, key_shape
-from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.paths import cache_dir
 from vsdbench.processes import Processes
+from vsdbench.store.files import FileLock, write_atomic
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
 from vsdbench_drafters.objectives.path_objective import PathObjective
 from vsdbench_drafters.training.compiled import compile_row_losses, wants_compiling
@@ -34,19 +31,15 @@ from vsdbench_drafters.training.features import (
     FeatureSource,
     OnlineFeatures,
     draft_vocabulary,
-    plan_batches,
     read_json,
-    response_rows,
-    shown,
 )
-from vsdbench_drafters.training.heldout import DecodedHeldOut, HeldOut
+from vsdbench_drafters.training.heldout import evaluator
 from vsdbench_drafters.training.loop import Progress, TrainingLoop
 from vsdbench_drafters.training.recipe import RecipeConfig, load_recipe, make_objective
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
     from vsdbench_drafters.objectives.base import DraftModel
-    from vsdbench_drafters.training.features import Sequenced
     from vsdbench_drafters.training.shards import TrainingData
 
 _FORMAT = 1  # raised when the same recipe would train other weights
@@ -129,6 +122,40 @@ def train(
     warm = None
     if recipe.warm_start is not None:
         warm = train(recipe.warm_start, target=target, console=console, resume=resume, processes=processes)
+    with _alone(folder, recipe.name, console, processes):
+        found = _open(folder)
+        processes.agree(found is not None, "whether the drafter is in the cache")
+        if found is not None:
+            return found  # trained by another process meanwhile
+        _make(recipe, target, warm, folder=folder, console=console, resume=resume, processes=processes)
+    trained = _open(folder)
+    processes.agree(trained is not None, "what is in the cache")
+    assert trained is not None
+    return replace(trained, cached=False, warm_start=warm)
+
+
+@contextmanager
+def _alone(folder: Path, name: str, console: Console, processes: Processes) -> Iterator[None]:
+    """Hold a drafter's folder, after waiting for another command that trains it; the first process does so for all."""
+    with ExitStack() as held:
+        if processes.is_first:
+            doing = f"The drafter of '{name}' is being trained"
+            held.enter_context(FileLock(folder / ".lock", doing, console=console))
+        processes.gather(None)
+        yield
+
+
+def _make(
+    recipe: RecipeConfig,
+    target: Target,
+    warm: TrainedDrafter | None,
+    *,
+    folder: Path,
+    console: Console,
+    resume: bool,
+    processes: Processes,
+) -> None:
+    """Train the drafter and write it to its folder, which this process, or the first one, holds."""
     with processes.first_goes():
         data = ensure_data(recipe.data, target, console=console)
     processes.agree(data.fingerprint, "the training data")
@@ -158,17 +185,12 @@ def train(
     with processes.first_goes():
         if processes.is_first:
             _save(loop.model, folder, summary)
-    trained = _open(folder)
-    processes.agree(trained is not None, "what is in the cache")
-    assert trained is not None
-    return replace(trained, cached=False, warm_start=warm)
 
 
 def _save(model: DraftModel, folder: Path, summary: dict[str, Any]) -> None:
     model.save(folder)
-    partial = folder / "training.json.partial"
-    partial.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / "training.json")  # written last: a folder that has it is complete
+    text = json.dumps(summary, indent=2, sort_keys=True) + "\n"
+    write_atomic(folder / "training.json", text.encode())  # written last: a folder that has it is complete
     (folder / "resume.safetensors").unlink(missing_ok=True)
 
 
@@ -277,7 +299,7 @@ def _run(
     head = target.model.get_output_embeddings().weight
     with processes.first_goes():
         maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
-        heldout = _evaluator(recipe, target, data, model) if processes.is_first else None
+        heldout = evaluator(recipe, target, data, model) if processes.is_first else None
     objective = make_objective(recipe.objective)
     if wants_compiling(config.compile, target.device):
         compile_row_losses(objective)
@@ -305,45 +327,6 @@ def _run(
 
         final = loop.run(resume=resume, report=report)
     return loop, final
-
-
-def _evaluator(
-    recipe: RecipeConfig, target: Target, data: TrainingData, model: DraftModel
-) -> HeldOut | DecodedHeldOut | None:
-    """Return what judges the drafter on held-out answers and, where the recipe wants it, by decoding their prompts."""
-    head = target.model.get_output_embeddings().weight
-    maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
-    rows = response_rows(data.heldout)
-    scores = HeldOut(maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
-    wanted = recipe.evaluation
-    if wanted is None:
-        return scores
-    chosen = [data.heldout[i] for i in range(min(wanted.prompts, len(data.heldout)))]
-    prompts = [_prompt(sequence) for sequence in chosen]
-    if len(prompts) < wanted.prompts:
-        raise ConfigError(
-            f"evaluation.prompts is {wanted.prompts}, but the data has {len(prompts)} held-out prompts: raise "
-            "data.num_heldout or lower evaluation.prompts."
-        )
-    settings = DecodeSettings(
-        max_new_tokens=wanted.max_new_tokens,
-        shape=wanted.tree.shape(),
-        rule="coupled" if wanted.temperature else "greedy",
-        sampling=SamplingParams(temperature=wanted.temperature),
-    )
-    batches = []
-    if model.one_head:  # the drafters whose paths can be drawn
-        asking = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model, target)
-        plan = plan_batches(rows[: wanted.prompts], 1024, seed=0, epoch=0)
-        batches = [asking.make(indices, seed=number) for number, indices in enumerate(plan)]
-    return DecodedHeldOut(
-        scores, target, prompts, settings, lambda drafter: drafter.drafter(target.dtype), batches=batches
-    )
-
-
-def _prompt(sequence: Sequenced) -> Sequence[int]:
-    prompt = shown(sequence, sequence.prompt_len)
-    return prompt if isinstance(prompt, ImagePrompt) else [int(token) for token in prompt]
 
 
 def _asks(recipe: RecipeConfig) -> bool:
@@ -379,6 +362,7 @@ def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: C
             keys=keys,
             images=recipe.data.shows_images,
             progress=lambda count: bar.advance(task, count),
+            console=console,
         )
 
 

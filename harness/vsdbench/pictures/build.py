@@ -30,7 +30,7 @@ from vsdbench.pictures.scenes import Scene
 from vsdbench.pictures.scoring import examine, num_reports
 from vsdbench.pictures.settings import BUILT_MODELS, METADATA, BuildSettings, built_folder, load_metadata
 from vsdbench.pictures.training import Answering, Naming, Stage
-from vsdbench.store.files import RunLock, storage_errors
+from vsdbench.store.files import FileLock, storage_errors
 
 _BYTES_A_PARAMETER = (
     28  # the model's file, and two copies of a stage's weights and moments while one replaces the other
@@ -58,13 +58,12 @@ def build(
         console: For progress and notes.
 
     Raises:
-        ConfigError: Another process is building it, or the language model does not fit.
+        ConfigError: The language model does not fit.
         EnvironmentProblemError: The disk is full or the folder cannot be written.
     """
     work = folder.with_name(f".building-{folder.name}")
     with storage_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        with RunLock(work):
+        with FileLock(work / ".lock", f"The target '{name}' is being built", console=console):
             if not (folder / METADATA).is_file():
                 _build(name, settings, language_model, work, console)
                 (work / "model").rename(folder)

@@ -1,4 +1,4 @@
-"""Files that survive a kill: durable appends, atomic replacement, one writer a run.
+"""Files that survive a kill: durable appends, atomic replacement, one process at a time.
 
 Every write either is on disk when the call returns or leaves the file as it was; a process killed in the middle leaves
 at most one line without its newline, which the next writer drops and says so.
@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vsdbench.errors import ConfigError, EnvironmentProblemError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -34,12 +37,12 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise EnvironmentProblemError(
-                f"The disk that holds {path} is full; free some space and go on with --resume: "
-                "every record written so far is kept."
+                f"The disk that holds {path} is full; free some space and repeat the command (of a run, with "
+                "--resume): everything written so far is kept."
             ) from error
         if error.errno in _FORBIDDEN:
             raise EnvironmentProblemError(
-                f"{path} may not be written ({error.strerror}); choose a results folder that may."
+                f"{path} may not be written ({error.strerror}); choose a folder that may."
             ) from error
         raise
 
@@ -142,32 +145,49 @@ def read_lines(path: Path) -> tuple[list[bytes], bool]:
     return lines, bool(tail)
 
 
-class RunLock:
-    """Holds a run folder for one writing process; the kernel lets go of it when the process ends, however it ends."""
+class FileLock:
+    """Lets one process make or write something; the kernel lets go of it when the process ends, however it ends.
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
+    Args:
+        path: The lock's own file, made if need be; it stays there.
+        doing: What is done under the lock, as in "Run x is being written".
+        console: Where it says for whom this process waits, if it has to; None: it does not wait.
+
+    Raises:
+        ConfigError: Another process has it, and there is no console.
+        EnvironmentProblemError: The file cannot be made, or its file system has no locks.
+    """
+
+    def __init__(self, path: Path, doing: str, *, console: Console | None = None) -> None:
         with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take(f"{doing} by another process", console)
+        except OSError as error:
+            self.release()
+            raise EnvironmentProblemError(
+                f"The file system of {path.parent} has no locks ({error.strerror}); use a folder on a local disk."
+            ) from error
+        except BaseException:
+            self.release()
+            raise
+        with storage_errors(path):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def _take(self, doing: str, console: Console | None) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = os.read(self._descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(self._descriptor)
-            raise ConfigError(
-                f"Run {folder} is being written by another process (pid {owner}); wait for it to end or stop it."
-            ) from error
-        except OSError as error:
-            os.close(self._descriptor)
-            raise EnvironmentProblemError(
-                f"The file system of {folder} has no locks ({error.strerror}); use a results folder on a local disk."
-            ) from error
-        with storage_errors(path):
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, str(os.getpid()).encode())
+            owner = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            if console is None:
+                raise ConfigError(f"{doing} (pid {owner}); wait for it to end or stop it.") from error
+            console.print(f"{doing} (pid {owner}): waiting for it.", markup=False, highlight=False, soft_wrap=True)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def release(self) -> None:
-        """Let go of the folder; more than once is fine."""
+        """Let go of it; more than once is fine."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from vsdbench.errors import ConfigError, did_you_mean
-from vsdbench.store.files import AppendLog, RunLock, read_lines, storage_errors, write_atomic
+from vsdbench.store.files import AppendLog, FileLock, read_lines, write_atomic
 from vsdbench.store.records import Record, RecordKey, hash_tokens, parse_record
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RunStore:
         notes: What was repaired on opening, one sentence each, to be told to the user.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any], lock: RunLock) -> None:
+    def __init__(self, directory: Path, manifest: Mapping[str, Any], lock: FileLock) -> None:
         self.directory = directory
         self._manifest = dict(manifest)
         self._lock = lock
@@ -68,9 +68,7 @@ class RunStore:
         """
         if "run_id" not in manifest:
             raise ValueError("the manifest needs a run_id")
-        with storage_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(directory)
+        lock = _lock(directory)
         try:
             _refuse_existing(directory)
             write_atomic(directory / CONFIG, config.encode())
@@ -88,7 +86,7 @@ class RunStore:
             ConfigError: There is no run, another process is writing it, or a line in it is corrupt.
         """
         manifest = load_manifest(directory)
-        lock = RunLock(directory)
+        lock = _lock(directory)
         try:
             return cls(directory, manifest, lock)
         except BaseException:
@@ -272,6 +270,10 @@ def find_run(results_dir: Path, name: str) -> Path:
         names = ", ".join(run.name for run in matches)
         raise ConfigError(f"'{name}' begins the names of {len(matches)} runs ({names}); give more of it.")
     raise ConfigError(f"No run '{name}' in {results_dir}.{did_you_mean(name, [run.name for run in runs])}")
+
+
+def _lock(directory: Path) -> FileLock:
+    return FileLock(directory / ".lock", f"Run {directory} is being written")
 
 
 def _refuse_existing(directory: Path) -> None:
