@@ -66,6 +66,27 @@ def test_a_suite_with_an_unknown_recipe_is_refused(tmp_path):
         catalog.validate(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("type: ngram", "type: ngrm", r"mine\.yaml: drafter 'ngram': unknown drafter 'ngrm'\. Did you mean 'ngram'\?"),
+        (
+            "type: ngram",
+            "type: ngram\n    checkpoint: no/where",
+            r"mine\.yaml: drafter 'ngram': checkpoint 'no/where' does not exist",
+        ),
+        ("drafters:", "peers: [{name: p, type: q}]\ndrafters:", r"mine\.yaml: peer 'p': unknown peer 'q'"),
+    ],
+)
+def test_what_a_suite_names_must_be_there(tmp_path, old, new, message):
+    text = (ROOT / "suites/smoke.yaml").read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        catalog.validate(path)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
         catalog.find("quikstart")

@@ -138,7 +138,7 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -
         ({"name": "a", "mood": "zzz"}, "'mood' is 'zzz': it should be 'happy' or 'sleepy'."),
         ({"name": "a", "rate": float("nan")}, "'rate' is nan: it should be a finite number."),
         ({}, "zoo.yaml: the key 'name' is missing."),
-        ([], "zoo.yaml: it should be a valid dictionary"),
+        ([], "zoo.yaml: it should be a mapping of keys to values"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_with_the_path_the_user_wrote(data: object, expected: str) -> None:

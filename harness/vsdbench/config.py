@@ -138,14 +138,23 @@ def parse(model_cls: type[ConfigT], data: object, *, where: str) -> ConfigT:
     except ValidationError as error:
         details = error.errors(include_url=False)
         first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-        sentence = _sentence(model_cls, first)
-        if len(details) > 1:
-            sentence = f"{sentence.removesuffix('.')} (and {len(details) - 1} more)."
+        place = _resolve(model_cls, first["loc"])[0]
+        others = [detail for detail in details if detail is not first]
+        forms = [detail for detail in others if _resolve(model_cls, detail["loc"])[0] == place]  # of a union
+        sentence = _sentence(model_cls, first, forms)
+        if len(others) > len(forms):
+            sentence = f"{sentence.removesuffix('.')} (and {len(others) - len(forms)} more)."
         raise ConfigError(f"{where}: {sentence}") from error
 
 
-def _sentence(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
-    """Return one sentence for one pydantic error: where, what was there, what would be right."""
+def _sentence(model_cls: type[BaseModel], detail: ErrorDetails, forms: Sequence[ErrorDetails]) -> str:
+    """Return one sentence for one pydantic error: where, what was there, what would be right.
+
+    Args:
+        model_cls: The model.
+        detail: The error.
+        forms: Errors of the same place, which may have one of several forms.
+    """
     path, known = _resolve(model_cls, detail["loc"])
     value, context = detail["input"], detail.get("ctx", {})
     if detail["type"] == "extra_forbidden":
@@ -159,14 +168,24 @@ def _sentence(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
         key = str(context["discriminator"]).strip("'")
         return f"'{path}.{key}' is '{context['tag']}'.{did_you_mean(str(context['tag']), tags)}"
     subject = f"'{path}' is {short(value)}" if path and not isinstance(value, dict) else f"'{path}'" if path else ""
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
-    if detail["type"] != "value_error":
-        message = re.sub(r"^(Input|String|List|Value) should", "it should", message)
+    message = " or ".join([_wanted(detail), *(_wanted(form).removeprefix("it should be ") for form in forms)])
     hint = ""
     if detail["type"] == "literal_error" and isinstance(value, str):
         close = did_you_mean(value, re.findall(r"'([^']*)'", context["expected"]))
         hint = close if close.startswith(" Did") else ""
     return f"{subject}: {message}.{hint}" if subject else f"{message}.{hint}"
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    """Return what pydantic says would be right, in this project's words."""
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+    if detail["type"] == "value_error":
+        return message
+    message = re.sub(r"^(Input|String|List|Tuple|Value) should", "it should", message).removesuffix(
+        ", unable to interpret input"
+    )
+    message = re.sub(r"a valid dictionary( or .*)?$", "a mapping of keys to values", message)
+    return message.replace("a valid tuple", "a list").replace(" after validation", "")
 
 
 def _resolve(model_cls: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:

@@ -6,7 +6,8 @@ A message names the offending value and what would be right. Whatever else escap
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")
 
@@ -27,6 +28,20 @@ class ConfigError(VsdbenchError):
     """Usage or configuration is wrong: unknown key, unknown name, value out of range, missing file."""
 
     exit_code = 2
+
+
+@contextmanager
+def said_of(where: str) -> Iterator[None]:
+    """Put ``where`` before what is said of a wrong configuration, unless it stands there.
+
+    Raises:
+        ConfigError: In place of the one without it.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 class EnvironmentProblemError(VsdbenchError):

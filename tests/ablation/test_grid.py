@@ -202,8 +202,8 @@ def test_a_part_that_the_objective_cannot_do_without_is_left_out():
     arms, notes = chosen_arms(base, Wanted())
     assert [arm.name for arm in arms] == [f"no-{part}" for part in PARTS if part != "oracle"]
     assert len(notes) == 1
-    assert notes[0].startswith("'no-oracle' is left out; arm 'no-oracle': vsd: targets: full")
-    with pytest.raises(ConfigError, match="arm 'no-oracle': vsd: targets: full"):
+    assert notes[0].startswith("'no-oracle' is left out; contest-hour:no-oracle: vsd: targets: full")
+    with pytest.raises(ConfigError, match="no-oracle: vsd: targets: full"):
         family(base, chosen_arms(base, Wanted(parts=["oracle"]))[0])
 
 

@@ -79,6 +79,8 @@ def test_arms_differ_in_what_they_name_only(contest):
     [
         ("vsd: {", "vsd: 3 #", "'arms' must map names"),
         ("seeds: [0, 3]", "seeds: 3", "'seeds' is 3"),
+        ("seeds: [0, 3]", "seeds: [3, 3]", "'seeds' is \\[3, 3\\]; name each one once"),
+        ("  kl: {}", "  k l: {}", "an arm is called 'k l'; use letters"),
         ("start_index: 100", "start_index: 99", "may have used prompts up to 100"),
         ("type: vsd", "type: vsdd", "Did you mean 'vsd'"),
         ("anchors: 2, ", "ancors: 2, ", "ancors"),

@@ -8,8 +8,9 @@ import pytest
 
 from vsdbench.config import content_hash, load_yaml
 from vsdbench.errors import ConfigError
+from vsdbench_drafters.training import recipe
 from vsdbench_drafters.training.contest import members
-from vsdbench_drafters.training.recipe import ObjectiveConfig, load_recipe, make_objective, option_names
+from vsdbench_drafters.training.recipe import ObjectiveConfig, load_recipe, make_objective, option_defaults
 from vsdbench_drafters.training.train import estimate
 
 FOLDER = Path(__file__).parents[2] / "drafters" / "recipes"
@@ -67,16 +68,44 @@ def test_an_option_that_the_objective_does_not_take_is_named_with_what_it_takes(
 
 
 def test_an_option_of_the_wrong_type_is_shown():
-    with pytest.raises(ConfigError, match=r"objective 'jsd' cannot use these options, \{'beta': 'half'\}: .*show jsd"):
+    with pytest.raises(ConfigError, match=r"objective\.options\.beta is 'half'; it should be like 0\.5, which is the"):
         make_objective(ObjectiveConfig(type="jsd", options={"beta": "half"}))
+
+
+def test_an_objective_that_cannot_be_made_is_named(monkeypatch):
+    monkeypatch.setattr(recipe.registry, "load", lambda *_: lambda *, ttt_steps, step_weight, width: width)
+    with pytest.raises(
+        ConfigError, match=r"objective 'wide' cannot use these options, \{\}: .*'width'; see .*show wide"
+    ):
+        make_objective(ObjectiveConfig(type="wide"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("objective.type=klx", "quickstart.yaml: unknown objective 'klx'. Did you mean 'kl'?"),
+        ("objective.options.top=1", "quickstart.yaml: objective 'kl' has no option 'top'."),
+        ("warm_start=eagle3-kl-strt", "quickstart.yaml: warm_start: unknown recipe 'eagle3-kl-strt'. Did you mean"),
+        ("training.keys=perhaps", "'training.keys' is 'perhaps': it should be a valid boolean or 'auto'."),
+        (
+            "evaluation.tree=automatic",
+            "'evaluation.tree' is 'automatic': it should be 'auto', or a mapping such as {kind: dynamic",
+        ),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_said_with_its_file(change, message):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(FOLDER / "eagle3-kl-quickstart.yaml", [change])
+    assert message in str(caught.value)
+    assert str(caught.value).count("quickstart.yaml") == 1
 
 
 def test_options_of_objectives_that_are_not_classes_of_ours():
     def anything(*, ttt_steps, step_weight, **options):
         return options
 
-    assert option_names(anything) is None
-    assert option_names(lambda ttt_steps, step_weight, width=1: width) == {"width"}
+    assert option_defaults(anything) is None
+    assert option_defaults(lambda ttt_steps, step_weight, width=1: width) == {"width": 1}
 
 
 def test_only_what_changes_the_weights_is_hashed():

@@ -108,9 +108,20 @@ def test_a_long_answer_is_cut_at_the_end_of_a_step(run, monkeypatch):
 def test_a_run_from_before_has_no_such_section_and_says_so_when_asked(make_run, store_run):
     old = store_run(make_run(num_prompts=3, num_repeats=1), "old")
     assert "Accepted spans" not in sections(old)
-    done = CliRunner().invoke(app, ["show", "old", "--results", str(old.parent), "--spans"])
+    assert "has no example answers: it was made before runs kept them. Run its suite again." in spans_refused(old)
+
+
+def test_a_run_that_has_nothing_to_draw_says_why(make_record, make_run, store_run):
+    stopped = store_run(make_run(num_prompts=1, num_repeats=1), "stopped", status="running")
+    assert "has no example answers: it is not finished." in spans_refused(stopped)
+    silent = store_run([make_record(), make_record(method="autoregressive", kind="baseline")], "silent")
+    assert "has no example answers: no token of it was drafted" in spans_refused(silent)
+
+
+def spans_refused(run):
+    done = CliRunner().invoke(app, ["show", run.name, "--results", str(run.parent), "--spans"])
     assert done.exit_code == 2
-    assert "has no example answers" in done.stderr
+    return " ".join(done.stderr.split())
 
 
 def drawing(run, **console):

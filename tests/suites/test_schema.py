@@ -85,6 +85,15 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
         ({"sources": []}, "'sources' is []"),
         ({"drafters": [{"name": "a b", "type": "ngram"}]}, "'drafters.0.name' is 'a b': it should match pattern"),
         ({"drafters": [{"name": "a", "type": "ngram", "tree": {"depth": 8}}]}, "depth 8 does not fit a budget of 7"),
+        (
+            {"drafters": [{"name": "a", "type": "ngram", "tree": {"kind": "Auto"}}]},
+            "'drafters.0.tree.kind' is 'Auto': it should be 'chain', 'static', 'dynamic', 'sampled' or 'auto'",
+        ),
+        (
+            {"drafters": [{"name": "a", "type": "ngram", "tree": "Auto"}]},
+            "'drafters.0.tree' is 'Auto': it should be 'auto', or a mapping such as {kind: dynamic, budget: 7}",
+        ),
+        ({"generation": 7}, "'generation' is 7: it should be a mapping of keys to values"),
         ({"repeats": 0}, "'repeats' is 0: it should be greater than or equal to 1"),
         ({"sources": [{**HUB, "fields": {}}]}, "exactly one of 'prompt' (a text column) and 'turns'"),
         ({"sources": [{**HUB, "fields": {"prompt": "a", "turns": "b"}}]}, "exactly one of 'prompt'"),

@@ -21,7 +21,8 @@ from vsdbench.paths import find_data
 if TYPE_CHECKING:
     from vsdbench_drafters.training.recipe import RecipeConfig
 
-_MEMBER = re.compile(r"^(?P<base>.+?)(?::(?P<arm>[\w.+-]+))?(?:@(?P<seed>\d+))?$")
+_ARM = re.compile(r"[\w.+-]+")
+_MEMBER = re.compile(rf"^(?P<base>.+?)(?::(?P<arm>{_ARM.pattern}))?(?:@(?P<seed>\d+))?$")
 
 
 def split_name(name: str | Path) -> tuple[str, str | None, int | None]:
@@ -64,8 +65,12 @@ def family(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], list[int]]:
     arms, seeds = raw.get("arms"), raw.get("seeds", [0])
     if not isinstance(arms, dict) or not arms or not all(isinstance(arm, dict) for arm in arms.values()):
         raise ConfigError(f"{where}: 'arms' must map names to what each arm changes, such as vsd: {{objective: …}}.")
+    if wrong := next((name for name in arms if not _ARM.fullmatch(str(name))), None):
+        raise ConfigError(f"{where}: an arm is called '{wrong}'; use letters, digits and . + - _ alone.")
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ConfigError(f"{where}: 'seeds' is {seeds!r}; it must be a list of whole numbers such as [0, 1, 2].")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{where}: 'seeds' is {seeds!r}; name each one once.")
     return arms, seeds
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from vsdbench import registry
 from vsdbench.config import Config, apply_override, load_yaml, parse
-from vsdbench.errors import ConfigError, did_you_mean
+from vsdbench.errors import ConfigError, did_you_mean, said_of
 from vsdbench.paths import find_data
 from vsdbench.suites.schema import TreeConfig
 from vsdbench_drafters.training.contest import check_fresh, member, split_name
@@ -252,7 +252,9 @@ def check_recipe(recipe: RecipeConfig, where: str) -> None:
     Raises:
         ConfigError: The first thing that is wrong.
     """
-    objective, architecture = make_objective(recipe.objective), recipe.architecture
+    architecture = recipe.architecture
+    with said_of(where):
+        objective = make_objective(recipe.objective)
     fitting = getattr(objective, "architectures", None)
     if fitting is not None and architecture.type not in fitting:
         raise ConfigError(
@@ -265,7 +267,8 @@ def check_recipe(recipe: RecipeConfig, where: str) -> None:
             f"{architecture.num_heads} Medusa heads is a step of its own: set both to the same number."
         )
     if recipe.warm_start is not None:
-        warm = load_recipe(recipe.warm_start)
+        with said_of(f"{where}: warm_start"):
+            warm = load_recipe(recipe.warm_start)
         check_fresh(recipe, warm, where)
         if warm.architecture.type != architecture.type:
             raise ConfigError(
@@ -281,13 +284,19 @@ def make_objective(config: ObjectiveConfig) -> Any:  # noqa: ANN401 - any class 
         ConfigError: Unknown name, an option that it does not take, or a value that is not possible.
     """
     objective = registry.load("vsdbench.objectives", config.type)
-    known = option_names(objective)
-    for name in config.options:
+    defaults = option_defaults(objective)
+    known = None if defaults is None else set(defaults)
+    for name, value in config.options.items():
         if name in _OWN_FIELDS:
             raise ConfigError(f"objective.options.{name} is set twice: write it as objective.{name} alone.")
         if known is not None and name not in known:
             taken = did_you_mean(name, known) or " It takes none."
             raise ConfigError(f"objective '{config.type}' has no option '{name}'.{taken}")
+        usual = (defaults or {}).get(name)
+        if isinstance(usual, int | float) and not isinstance(value, int | float | None):
+            raise ConfigError(
+                f"objective.options.{name} is {value!r}; it should be like {usual}, which is the default."
+            )
     try:
         return objective(ttt_steps=config.ttt_steps, step_weight=config.step_weight, **config.options)
     except TypeError as error:
@@ -306,16 +315,17 @@ _OWN_FIELDS = ("ttt_steps", "step_weight")
 """Arguments of every objective that a recipe gives beside the options."""
 
 
-def option_names(objective: Callable[..., Any]) -> set[str] | None:
-    """Return the options of an objective, those that it passes on to its base classes too; None: it takes any."""
+def option_defaults(objective: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return the options of an objective with their defaults, those of its base classes too; None: it takes any."""
     makers: list[Callable[..., Any]] = [objective]
     if isinstance(objective, type):
         makers = [vars(cls)["__init__"] for cls in objective.__mro__ if "__init__" in vars(cls)]
-    names: set[str] = set()
+    found: dict[str, Any] = {}
     for maker in makers:
         parameters = inspect.signature(maker).parameters.values()
         named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names |= {parameter.name for parameter in parameters if parameter.kind in named and parameter.name != "self"}
+        options = {parameter.name: parameter.default for parameter in parameters if parameter.kind in named}
+        found = options | found
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-            return names - set(_OWN_FIELDS)
+            return {name: default for name, default in found.items() if name not in {"self", *_OWN_FIELDS}}
     return None

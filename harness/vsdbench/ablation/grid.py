@@ -248,10 +248,7 @@ def family(base: Base, arms: Sequence[Arm]) -> dict[str, Any]:
     }
     check = registry.load("vsdbench.trainers", "check")
     for name, content in raw["arms"].items():
-        try:
-            check(raw | {"arms": {name: content}}, base.name)
-        except ConfigError as error:
-            raise ConfigError(f"arm '{name}': {error}") from error
+        check(raw | {"arms": {name: content}}, base.name)
     return raw
 
 

@@ -20,7 +20,7 @@ from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
 from vsdbench.models.source import fingerprint
-from vsdbench.suites.schema import control_of
+from vsdbench.suites.schema import checkpoint_of, control_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -176,9 +176,7 @@ def forks(drafter: Drafter, count: int) -> list[Drafter]:
 
 
 def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Target, console: Console | None) -> Method:
-    checkpoint = Path(entry.checkpoint).expanduser() if entry.checkpoint else None
-    if checkpoint is not None and not checkpoint.exists():
-        raise ConfigError(f"drafter '{entry.name}': checkpoint '{checkpoint}' does not exist.")
+    checkpoint = checkpoint_of(entry)
     objective: str | None = None
     training: dict[str, Any] = {}
     if checkpoint is None and entry.recipe is not None:

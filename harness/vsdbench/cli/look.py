@@ -115,14 +115,19 @@ def _show_spans(run: Path, drafters: list[str], *, as_json: bool) -> None:
     from vsdbench.report.spans import print_spans
     from vsdbench.store.examples import load_examples
     from vsdbench.store.frames import to_frames
-    from vsdbench.store.store import load_records
+    from vsdbench.store.store import load_manifest, load_records
 
-    examples = load_examples(run)
+    examples, frames = load_examples(run), to_frames(load_records(run))
     if examples is None:
-        raise ConfigError(
-            f"{run} has no example answers: it was not finished, or made before runs kept them. Run its suite again."
-        )
-    found = drawn(to_frames(load_records(run)), examples, drafters)
+        records = frames[0]
+        if load_manifest(run).get("status") != "complete":
+            why = "it is not finished. Go on with it first: repeat its command with --resume."
+        elif not ((records["kind"] == "drafter") & (records["num_steps"] > 0)).any():
+            why = "no token of it was drafted, since no drafter made a step of which it is told what it gave."
+        else:
+            why = "it was made before runs kept them. Run its suite again."
+        raise ConfigError(f"{run} has no example answers: {why}")
+    found = drawn(frames, examples, drafters)
     if as_json:
         context = {"schema": 1, "run_id": run.name, "mode": examples.mode, "temperature": examples.temperature}
         print_json(context | {"chosen_by": examples.drafters[0], "examples": [to_json(example) for example in found]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -10,7 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from vsdbench import registry
 from vsdbench.config import Config
 from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule
-from vsdbench.errors import ConfigError
+from vsdbench.errors import ConfigError, said_of
 from vsdbench.suites.sources import Name, Sha256, Source
 
 DrafterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(@[0-9]+)?$")]
@@ -66,7 +67,7 @@ class TreeConfig(Config):
         top_k: Children a node (4; 8 for ``auto``).
     """
 
-    kind: ShapeKind | Literal["auto"] = "dynamic"
+    kind: Literal[ShapeKind, "auto"] = "dynamic"
     budget: int = Field(default=7, ge=1)
     depth: int = Field(default=4, ge=1)
     top_k: int = Field(default=4, ge=1)
@@ -74,6 +75,8 @@ class TreeConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _wide_limits_for_auto(cls, raw: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
+        if isinstance(raw, str) and raw != "auto":
+            raise ValueError("it should be 'auto', or a mapping such as {kind: dynamic, budget: 7}")
         raw = {"kind": "auto"} if raw == "auto" else raw
         return _AUTO_LIMITS | raw if isinstance(raw, dict) and raw.get("kind") == "auto" else raw
 
@@ -248,20 +251,33 @@ def check_plugins(config: SuiteConfig, where: str) -> None:
 
     Args:
         config: The suite.
-        where: What a sentence about a recipe starts with: the suite's file.
+        where: What a sentence starts with: the suite's file.
 
     Raises:
         ConfigError: Something is not there, or a recipe is wrong.
     """
     for entry in config.drafters:
-        registry.load("vsdbench.drafters", entry.type)
-        if entry.recipe is not None:
-            try:
+        with said_of(where):
+            checkpoint_of(entry)
+        with said_of(f"{where}: drafter '{entry.name}'"):
+            registry.load("vsdbench.drafters", entry.type)
+            if entry.recipe is not None:
                 registry.load("vsdbench.trainers", "load")(entry.recipe)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: drafter '{entry.name}': {error}") from error
     for peer in config.peers:
-        registry.load("vsdbench.peers", peer.type)
+        with said_of(f"{where}: peer '{peer.name}'"):
+            registry.load("vsdbench.peers", peer.type)
+
+
+def checkpoint_of(entry: DrafterEntry) -> Path | None:
+    """Return where the checkpoint lies that a drafter names, or None where it names none.
+
+    Raises:
+        ConfigError: There is nothing.
+    """
+    path = Path(entry.checkpoint).expanduser() if entry.checkpoint else None
+    if path is not None and not path.exists():
+        raise ConfigError(f"drafter '{entry.name}': checkpoint '{path}' does not exist.")
+    return path
 
 
 def json_schema() -> dict[str, Any]:
