@@ -107,7 +107,9 @@ def test_a_training_that_draws_paths_resumes_bitwise_too(tmp_path, toy_target, t
     assert steps[0] == 7, "the second M-step of the round was made before it stopped"
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
-    entry = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    whole_log, resumed_log = ((tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "cut"))
+    assert resumed_log == whole_log
+    entry = json.loads(whole_log.splitlines()[0])
     assert {"train_elbo", "train_ess", "train_path_acceptance_1", "train_brier", "train_loss_paths"} <= set(entry)
 
 
@@ -125,14 +127,32 @@ def test_without_resume_training_starts_again(tmp_path, toy_target, toy_sequence
 
 def test_checkpoints_are_written_on_the_way(tmp_path, toy_target, toy_sequences):
     def crash(progress):
-        if progress.step == 4:
+        if progress.step == 3:
             raise Stop
 
+    whole = make_loop(toy_target, toy_sequences, tmp_path / "whole")
+    whole.run()
     with pytest.raises(Stop):
         make_loop(toy_target, toy_sequences, tmp_path, checkpoint_s=1e-9).run(report=crash)
+    log = tmp_path / "log.jsonl"
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 3
+    with log.open("a") as file:
+        file.write('{"step": 4, "tok')  # killed while it wrote
     steps = []
     make_loop(toy_target, toy_sequences, tmp_path).run(report=lambda progress: steps.append(progress.step))
-    assert steps[0] == 4  # three steps were saved, the fourth died before its checkpoint
+    assert steps[0] == 3  # two steps were saved, the third died before its checkpoint
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_a_training_that_was_stopped_in_its_last_step_ends_as_one_that_was_not(tmp_path, toy_target, toy_sequences):
+    def stop(progress):
+        if progress.step == progress.num_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    end = make_loop(toy_target, toy_sequences, tmp_path / "whole", epochs=1).run()
+    with pytest.raises(KeyboardInterrupt):
+        make_loop(toy_target, toy_sequences, tmp_path / "cut", epochs=1).run(report=stop)
+    assert make_loop(toy_target, toy_sequences, tmp_path / "cut", epochs=1).run() == end
 
 
 def test_training_fits_a_small_set(tmp_path, toy_target, toy_sequences):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vsdbench.processes import Processes
+from vsdbench.store.files import write_atomic
 from vsdbench_drafters.training.checkpoint import load_state, save_state
 from vsdbench_drafters.training.distributed import check_division, own_share, same_start, sum_gradients
 from vsdbench_drafters.training.features import BatchMaker, plan_batches, response_rows
@@ -144,12 +145,14 @@ class TrainingLoop:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint was written before.
             EnvironmentProblemError: Another process stopped, or reads another checkpoint.
         """
-        done = self._restore() if resume else 0
+        done, loss = self._restore() if resume else (0, math.nan)
         self._processes.agree(done, "the step that training goes on from")
+        if self._processes.is_first:
+            self._keep_log(done)
         tokens = sum(self._rows[i] for step in self._steps[:done] for batch in step for i in batch)
         saved = time.monotonic()
         marks = {self.num_steps * i // self._evaluations for i in range(1, self._evaluations)}
-        progress = Progress(done, self.num_steps, tokens, float("nan"), {})
+        progress = Progress(done, self.num_steps, tokens, loss, {})
         with _interruptible() as interrupted:
             for step in range(done, self.num_steps):
                 begun = time.monotonic()
@@ -164,7 +167,7 @@ class TrainingLoop:
                     continue  # an E-step is under way: a training that stops here could not be resumed exactly
                 stop = any(self._processes.gather(interrupted.is_set()))
                 if self._processes.is_first and (stop or time.monotonic() - saved > self._config.checkpoint_s):
-                    self._save(step + 1)
+                    self._save(step + 1, loss)
                     saved = time.monotonic()
                 if stop:
                     self._processes.gather(None)  # one that ends takes the others with it: not before it is saved
@@ -225,17 +228,23 @@ class TrainingLoop:
             self._best = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @property
+    def _log_path(self) -> Path:
+        return self._folder / "log.jsonl"
+
+    @property
     def _state_path(self) -> Path:
         return self._folder / "resume.safetensors"
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, loss: float) -> None:
         model = {name: p.detach() for name, p in self.model.named_parameters()}
         groups: dict[str, dict[str, Tensor]] = {
             "model": model,
             "optimiser": self._optimisers.state(),
             "average": self._average,
             "best": self._best,
+            "sums": {name: torch.tensor(sums, dtype=torch.float64) for name, sums in self._sums.items()},
             "counters": {
+                "loss": torch.tensor(loss, dtype=torch.float64),
                 "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 "target_forwards": torch.tensor(self._maker.num_forwards),
                 "best_value": torch.tensor(self._best_value, dtype=torch.float64),
@@ -244,11 +253,11 @@ class TrainingLoop:
         }
         save_state(self._state_path, groups, step=step, key=self._key)
 
-    def _restore(self) -> int:
-        """Load the checkpoint of this training, if there is one; return the optimiser steps done."""
+    def _restore(self) -> tuple[int, float]:
+        """Load the checkpoint of this training, if there is one; return the optimiser steps done and the last loss."""
         loaded = load_state(self._state_path, key=self._key)
         if loaded is None:
-            return 0
+            return 0, math.nan
         groups, step = loaded
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -260,7 +269,9 @@ class TrainingLoop:
         self.seconds, self._maker.num_forwards = float(counters["seconds"]), int(counters["target_forwards"])
         self._best_value, self.best_step = float(counters["best_value"]), int(counters["best_step"])
         self._best = groups.get("best", {})
-        return step
+        if self._processes.is_first:  # the others' part of the means since the last evaluation is lost
+            self._sums = {name: sums.tolist() for name, sums in groups.get("sums", {}).items()}
+        return step, float(counters.get("loss", math.nan))
 
     def _log(self, step: int, tokens: int, loss: float) -> None:
         sums: dict[str, list[float]] = {}
@@ -272,11 +283,18 @@ class TrainingLoop:
         self._sums = {}
         if not self._processes.is_first:
             return
-        means = {f"train_{name}": total / count for name, (total, count) in sums.items()}
+        means = {f"train_{name}": total / count for name, (total, count) in sorted(sums.items())}
         entry: dict[str, Any] = {"step": step, "tokens": tokens, "loss": loss, **self._metrics, **means}
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        with self._log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def _keep_log(self, done: int) -> None:
+        """Forget evaluations behind the checkpoint that training goes on from: they are made again."""
+        if self._log_path.exists():
+            lines = self._log_path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
+            write_atomic(self._log_path, b"".join(kept))
 
 
 def batch_seed(seed: int, step: int, number: int) -> int:
