@@ -17,6 +17,7 @@ from torch import Tensor
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 
 if TYPE_CHECKING:
+    from vsdbench.decoding.interfaces import Drafter
     from vsdbench.models.target import Target
     from vsdbench_drafters.objectives.base import DraftModel
 
@@ -24,17 +25,35 @@ VOCABULARY = frozenset({"d2t", "t2d"})
 """Tensors that say which target tokens the drafter knows."""
 
 
-def checkpoint_folder(drafter: str, checkpoint: Path | None, options: dict[str, Any]) -> Path:
-    """Return the folder that a drafter is loaded from, which is all that it takes.
+def loader(model: type[Any]) -> Callable[..., Drafter]:
+    """Return the entry point of an architecture, ``build(target, checkpoint, options)``: all it takes is a checkpoint.
 
-    Raises:
-        ConfigError: There is none, or an option besides it.
+    Args:
+        model: Its class, with ``name``, ``load(folder, target)`` and ``drafter(dtype)``.
     """
-    if options:
-        raise ConfigError(f"drafter '{drafter}' has no option '{next(iter(options))}'; it takes only a checkpoint.")
-    if checkpoint is None:
-        raise ConfigError(f"drafter '{drafter}' needs a checkpoint folder, or a recipe that trains one.")
-    return Path(checkpoint)
+
+    def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> Drafter:
+        """Load a checkpoint for decoding.
+
+        Args:
+            target: The target that it drafts for.
+            checkpoint: The checkpoint folder.
+            options: None are known.
+
+        Raises:
+            ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
+        """
+        if options:
+            raise ConfigError(
+                f"drafter '{model.name}' has no option '{next(iter(options))}'; it takes only a checkpoint."
+            )
+        if checkpoint is None:
+            raise ConfigError(f"drafter '{model.name}' needs a checkpoint folder, or a recipe that trains one.")
+        drafter: Drafter = model.load(checkpoint, target).drafter(target.dtype)
+        return drafter
+
+    build.__module__ = model.__module__  # whose docstring describes it
+    return build
 
 
 def read_tensors(folder: Path, also: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.checkpoints import (
     check_vocabulary_size,
-    checkpoint_folder,
     draft_vocabulary_of,
     embeddings_of,
     fill,
+    loader,
     read_tensors,
 )
 from vsdbench_drafters.architectures.eagle_drafter import EagleLayer
@@ -32,7 +32,7 @@ from vsdbench_drafters.architectures.one_layer import FIRST_SHARE, DraftLayer, L
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
 
 
 class EagleConfig(LayerConfig):
@@ -144,18 +144,7 @@ class EagleModel(OneLayerModel):
         return {"bias": "fc.bias" in tensors, "qkv_bias": "layers.0.self_attn.q_proj.bias" in tensors}
 
 
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
-    """Entry point ``eagle``: load a checkpoint of EAGLE-1 or EAGLE-2 for decoding.
-
-    Args:
-        target: The target it drafts for.
-        checkpoint: The checkpoint folder.
-        options: None are known.
-
-    Raises:
-        ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
-    """
-    return EagleModel.load(checkpoint_folder("eagle", checkpoint, options), target).drafter(target.dtype)
+build = loader(EagleModel)
 
 
 def _head_rows(target: Target, draft_ids: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.checkpoints import (
     check_vocabulary_size,
-    checkpoint_folder,
     draft_vocabulary_of,
     embeddings_of,
     fill,
+    loader,
     read_tensors,
 )
 from vsdbench_drafters.architectures.eagle3_drafter import Eagle3Layer
@@ -30,7 +30,7 @@ from vsdbench_drafters.architectures.one_layer import FIRST_SHARE, DraftLayer, L
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
 
 
 class Eagle3Config(LayerConfig):
@@ -142,15 +142,4 @@ class Eagle3Model(OneLayerModel):
         return model.to(target.device)
 
 
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
-    """Entry point ``eagle3``: load a checkpoint for decoding.
-
-    Args:
-        target: The target it drafts for.
-        checkpoint: The checkpoint folder.
-        options: None are known.
-
-    Raises:
-        ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
-    """
-    return Eagle3Model.load(checkpoint_folder("eagle3", checkpoint, options), target).drafter(target.dtype)
+build = loader(Eagle3Model)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,9 @@ from vsdbench.decoding.tree import empty_tree, grow
 from vsdbench.errors import ConfigError
 from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.checkpoints import (
-    checkpoint_folder,
     draft_vocabulary_of,
     fill,
+    loader,
     read_tensors,
     write_tensors,
 )
@@ -74,6 +74,7 @@ class MedusaModel(DraftModel):
         draft_ids: ``[Vd]`` int64, the target ids of the draft vocabulary in increasing order.
     """
 
+    name: ClassVar[str] = "medusa"
     one_head: ClassVar[bool] = False
 
     def __init__(
@@ -220,7 +221,7 @@ class MedusaDrafter:
         dtype: Dtype of their products, usually the target's.
     """
 
-    name = "medusa"
+    name = MedusaModel.name
 
     def __init__(self, model: MedusaModel, *, dtype: torch.dtype) -> None:
         assert model.max_steps is not None
@@ -289,15 +290,4 @@ class MedusaDrafter:
         return torch.log_softmax(self._heads[step](hidden)[0].float(), dim=-1)
 
 
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> MedusaDrafter:
-    """Entry point ``medusa``: load heads for decoding.
-
-    Args:
-        target: The target they draft for.
-        checkpoint: The checkpoint folder.
-        options: None are known.
-
-    Raises:
-        ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
-    """
-    return MedusaModel.load(checkpoint_folder("medusa", checkpoint, options), target).drafter(target.dtype)
+build = loader(MedusaModel)

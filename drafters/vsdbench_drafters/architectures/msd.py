@@ -12,20 +12,18 @@ text, and ``data.text_share`` of the data that follows.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vsdbench_drafters.architectures.checkpoints import checkpoint_folder
+from vsdbench_drafters.architectures.checkpoints import loader
 from vsdbench_drafters.architectures.eagle import EagleConfig, EagleModel
 from vsdbench_drafters.architectures.msd_drafter import MsdLayer
 from vsdbench_drafters.architectures.one_layer import Entered
 
 if TYPE_CHECKING:
-    from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
     from vsdbench_drafters.objectives.base import DraftBatch
 
 
@@ -51,15 +49,4 @@ class MsdModel(EagleModel):
         return Entered(torch.where(batch.shows_image[:, None], embedded.to(fused.dtype), fused))
 
 
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
-    """Entry point ``msd``: load a checkpoint of MSD, or of EAGLE-1/2, for decoding.
-
-    Args:
-        target: The target it drafts for.
-        checkpoint: The checkpoint folder.
-        options: None are known.
-
-    Raises:
-        ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
-    """
-    return MsdModel.load(checkpoint_folder("msd", checkpoint, options), target).drafter(target.dtype)
+build = loader(MsdModel)

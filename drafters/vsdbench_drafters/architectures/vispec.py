@@ -17,7 +17,6 @@ checkpoints, which load; their ``num_q`` is that of ``imadpt.q``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -25,14 +24,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vsdbench_drafters.architectures.checkpoints import checkpoint_folder
+from vsdbench_drafters.architectures.checkpoints import loader
 from vsdbench_drafters.architectures.eagle import EagleConfig, EagleModel
 from vsdbench_drafters.architectures.one_layer import Entered
 from vsdbench_drafters.architectures.vispec_drafter import ViSpecLayer, first_standing, runs
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
-    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
+    from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
     from vsdbench_drafters.objectives.base import DraftBatch
 
 
@@ -147,15 +146,4 @@ class ViSpecModel(EagleModel):
         return super().from_target(target, draft_ids, seed=seed, num_q=num_q, **options)
 
 
-def build(target: Target, *, checkpoint: Path | None, options: dict[str, Any]) -> OneLayerDrafter:
-    """Entry point ``vispec``: load a checkpoint for decoding.
-
-    Args:
-        target: The target it drafts for.
-        checkpoint: The checkpoint folder.
-        options: None are known.
-
-    Raises:
-        ConfigError: No checkpoint, an unknown option, or a checkpoint that does not fit the target.
-    """
-    return ViSpecModel.load(checkpoint_folder("vispec", checkpoint, options), target).drafter(target.dtype)
+build = loader(ViSpecModel)
