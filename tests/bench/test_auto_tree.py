@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from tests.decoding.test_tree import TableScorer
 from tests.decoding.tiny import make_prompt, make_target, settings, tree_of
 from tests.drafters.test_eagle3_decoding import make_drafter_model
 
-from vsdbench.bench import methods
+from vsdbench.bench import auto_tree, methods
 from vsdbench.bench.auto_tree import (
     NUM_PROMPTS,
     PROMPTS,
@@ -21,7 +22,9 @@ from vsdbench.bench.auto_tree import (
     calibration_prompts,
     candidates,
     choose_trees,
+    finalists,
     measure_costs,
+    play_off,
     rank,
     watch,
 )
@@ -112,6 +115,39 @@ def test_costs_cover_every_candidate_and_rise_with_the_nodes():
     for shape in candidates(LIMIT):
         assert costs.step(shape) > 0
         assert shape.depth <= shape.budget <= LIMIT.budget
+
+
+def test_finalists_are_the_best_of_different_sizes():
+    shapes = [TreeShape(budget=n, depth=d, top_k=2) for n, d in ((4, 3), (4, 2), (6, 3), (2, 2), (8, 3))]
+    choices = [Choice(shape=shape, tau=1.0, speedup=1.0, step_ms=1.0) for shape in shapes]
+    assert finalists(choices, 3) == [shapes[0], shapes[2], shapes[3]]
+
+
+def test_the_play_off_decodes_every_prompt_with_everyone_and_takes_the_fastest(monkeypatch):
+    target = make_target()
+    drafter = make_drafter(target)
+    prompts = [make_prompt(9, seed) for seed in range(6)]
+    shapes = [TreeShape(budget=budget, depth=3, top_k=2) for budget in (4, 8)]
+    pace = {0: 0.010, 4: 0.008, 8: 0.004}  # seconds a token
+    order = []
+
+    def timed(target, drafter, prompt, settings):
+        generation = decode(target, drafter, prompt, settings)
+        size = 0 if drafter.name == "autoregressive" else settings.shape.budget
+        order.append((prompts.index(prompt), size))
+        slower = 1.5 if prompts.index(prompt) == 2 else 1.0  # a busy moment, which all of a prompt share
+        return replace(generation, decode_s=slower * pace.get(size, 0.02) * (len(generation.token_ids) - 1))
+
+    monkeypatch.setattr(auto_tree, "decode", timed)
+    best, second = play_off(target, drafter, prompts, settings(8), shapes)
+    assert (best.shape, second.shape) == (shapes[1], shapes[0])
+    assert best.speedup == pytest.approx(2.5)
+    assert second.speedup == pytest.approx(1.25)
+    walked = [answer.walk(best.shape) for answer in watch(target, drafter, prompts, settings(8), LIMIT)]
+    emitted, steps = (sum(counts) for counts in zip(*walked, strict=True))
+    assert best.tau == pytest.approx(emitted / steps)
+    assert sorted(order[:18]) == sorted((number, size) for number in range(6) for size in (0, 4, 8))
+    assert [size for _, size in order[:9]] == [0, 4, 8, 4, 8, 0, 8, 0, 4]
 
 
 def test_every_mode_gets_a_shape_within_the_limits():

@@ -221,7 +221,7 @@ def test_sections_appear_where_there_is_something_to_say(quickstart, hour):
         "Accepted length by other definitions", "Limitations", "Reproduction",
     ]  # fmt: skip
     assert [title for title in headings(quickstart[0]) if title != "Numbers of the figures"] == always
-    assert set(headings(hour[0])) - {"Numbers of the figures"} == {*always, "Tree budget"}
+    assert set(headings(hour[0])) - {"Numbers of the figures"} == {*always, "Tree budget", "Automatic trees"}
     source = (hour[0].with_suffix("") / "report.typ").read_text(encoding="utf-8")
     assert json.loads((HOUR / "manifest.json").read_text(encoding="utf-8"))["machine"]["git"]["commit"][:12] in source
     assert "What is reconstructed" not in source

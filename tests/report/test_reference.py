@@ -247,6 +247,23 @@ def test_what_drafted(name):
         assert row["recipe"] == method["training"].get("recipe", DASH)
 
 
+@every_report
+def test_what_was_predicted_of_automatic_trees(name):
+    of = {(drafter, t): chosen(name, drafter, t) for t in temperatures(name) for drafter in drafters(name)}
+    told = {key: methods(name)[key[0]].get("trees", {}).get(own[0]["mode"]) for key, own in of.items()}
+    expected = [(key, tree) for key, tree in told.items() if tree]
+    assert ("trees" in tables(name)) == bool(expected)
+    for row, ((drafter, temperature), predicted) in zip(table(name, "trees") if expected else [], expected, strict=True):
+        own, plain = of[drafter, temperature], chosen(name, "autoregressive", temperature)
+        size = own[0]["tree"]
+        assert (row["drafter"], row["T"]) == (drafter, f"{temperature:g}")
+        assert row["tree"] == f"{size['budget']}/{size['depth']}/{size['top_k']}"
+        assert same(row["τ predicted"], predicted["predicted_tau"])
+        assert same(row["speedup predicted"], predicted["predicted_speedup"])
+        assert same(row["τ measured"], tau(own))
+        assert same(row["speedup measured"], math.exp(mean_log_ratio(own, plain)))
+
+
 @contests
 def test_our_figures_beside_published_ones(name):
     """The rows of others are citations, which no record can tell."""
@@ -290,6 +307,7 @@ def test_no_table_is_left_out(name):
         expected |= {"ablation"}
     else:
         expected |= {"domains", "speedup-by-category", "tau-by-category", "training"}
+    expected |= {"trees"} if any(method.get("trees") for method in methods(name).values()) else set()
     assert tables(name) == expected
 
 
@@ -300,7 +318,7 @@ def test_no_row_is_left_out(name):
         "drafter": arms(name) if name in ABLATIONS else drafters(name),
         "category": [*dict.fromkeys(sorted(categories(name).values())), "all"],
     }
-    for of in tables(name) - {"main", "ablation", "drafters", "training", "setup", "published"}:
+    for of in tables(name) - {"main", "ablation", "drafters", "training", "setup", "published", "trees"}:
         identity = next(iter(table(name, of)[0]))
         expected = [(row, temperature) for temperature in temperatures(name) for row in rows[identity]]
         assert [(row[identity], float(row["T"])) for row in table(name, of)] == expected

@@ -33,6 +33,7 @@ from tests.report.recorded import (
     drafters,
     reference,
     table,
+    tables,
 )
 
 contests = pytest.mark.parametrize("name", CONTESTS)
@@ -53,6 +54,14 @@ def test_bca_is_what_scipy_makes_of_the_same_resamples():
         (values,), np.mean, n_resamples=NUM_RESAMPLES, method="BCa", rng=np.random.default_rng(0), batch=NUM_RESAMPLES
     ).confidence_interval
     assert bca(lambda v: v.mean(axis=-1), values) == close(theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "trees" in tables(name)])
+def test_intervals_of_automatic_trees(name):
+    for row in table(name, "trees"):
+        own, plain = (chosen(name, method, float(row["T"])) for method in (row["drafter"], "autoregressive"))
+        assert ends(row, "τ measured") == close(tau_interval(own))
+        assert ends(row, "speedup measured") == close(speedup_interval(own, plain))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -19,7 +19,7 @@ from vsdbench.bench import metrics, stats
 from vsdbench.store.batches import BatchRecord
 
 Frames: TypeAlias = tuple[pd.DataFrame, pd.DataFrame]
-_PLAIN = "autoregressive"  # ``bench.methods.REFERENCE``; a report needs no torch
+PLAIN = "autoregressive"  # ``bench.methods.REFERENCE``; a report needs no torch
 _TIMES = ("draft_ms", "verify_ms", "other_ms")
 _IDENTITY = ("group", "turn", "repeat", "batch_size", "method", "kind", "mode", "temperature")
 
@@ -95,7 +95,7 @@ def summarise_batches(records: Sequence[BatchRecord]) -> list[dict[str, Any]]:
                     "num_groups": int(chosen["group"].nunique()),
                 }
                 row |= _measures(chosen, of(chosen), size)
-                plain = None if method == _PLAIN else cells.get((_PLAIN, size))
+                plain = None if method == PLAIN else cells.get((PLAIN, size))
                 smaller = None if size == smallest else cells.get((method, smallest))
                 row |= _ratio("speedup", of(chosen), None if plain is None else of(plain), full=True)
                 row |= _ratio("speedup_to_end", of(chosen), None if plain is None else of(plain), full=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from vsdbench.bench.batches import PLAIN
 from vsdbench.report import plots
 from vsdbench.report.facts import Row, Run, merged, plotted
 from vsdbench.report.figures import COLUMN, acceptance_figure, batch_figure
@@ -96,6 +98,57 @@ def budget(runs: Sequence[Run]) -> Section | None:
         figure=plots.budget_figure(run.summary, groups),
     )
     return Section("Tree budget", (text, picture))
+
+
+def chosen_trees(runs: Sequence[Run]) -> Section | None:
+    """Return what was predicted of trees that were chosen by measurement, and what the suite then showed."""
+    found = [(run, row, tree) for run in runs for row in run.rows if (tree := _chosen(run, row)) is not None]
+    if not found:
+        return None
+    speeds = [(row, tree, _over_plain(row)["value"]) for _, row, tree in found if _over_plain(row)["value"]]
+    said = [
+        f"{named(row['drafter'])} at T = {row['temperature']:g} reached {fixed(100 * speed / tree['predicted_speedup'], 0)} "
+        "% of the speedup predicted"
+        for row, tree, speed in speeds
+    ]
+    text = (
+        "An automatic tree is chosen before a run, on prompts outside the suite: by what trees of all sizes would have kept "
+        "there, by what steps cost on this machine, and by decoding with the best of them. What it promises for other "
+        f"prompts is a prediction ([[table:trees]]){': ' + '; '.join(said) if said else ''}."
+    )
+    table = Table(
+        name="trees",
+        title="Automatic trees, predicted and measured",
+        columns=("drafter", "T", "tree", "τ predicted", "τ measured", "speedup predicted", "speedup measured"),
+        rows=tuple(
+            (
+                words(row["drafter"]), words(f"{row['temperature']:g}"), words(_size(tree["tree"])),
+                number(tree["predicted_tau"]), estimate(row["tau"], row["tau_ci"]),
+                number(tree["predicted_speedup"]), estimate(_over_plain(row)["value"], _over_plain(row)["ci"]),
+            )
+            for _, row, tree in found
+        ),
+        note="Speedups over plain decoding by the same engine, brackets: 95 % intervals over prompts. Tree: "
+        "budget/depth/children of a node.",
+        num_left=3,
+        wide=True,
+    )  # fmt: skip
+    return Section("Automatic trees", (text, table))
+
+
+def _chosen(run: Run, row: Row) -> Mapping[str, Any] | None:
+    """Return the tree that was chosen for a row's drafter and mode, with what was predicted of it."""
+    tree: Mapping[str, Any] | None = run.methods.get(row["drafter"], {}).get("trees", {}).get(row["mode"])
+    return tree
+
+
+def _over_plain(row: Row) -> Mapping[str, Any]:
+    speedup: Mapping[str, Any] = row["speedups"].get(PLAIN, {"value": None, "ci": None})
+    return speedup
+
+
+def _size(tree: Mapping[str, Any]) -> str:
+    return f"{tree['budget']}/{tree['depth']}/{tree['top_k']}"
 
 
 def budget_groups(run: Run) -> dict[str, list[tuple[str, int]]]:

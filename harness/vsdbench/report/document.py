@@ -26,6 +26,7 @@ def build(runs: Sequence[Run], *, title: str | None, files: str) -> Document:
         results.main_results(runs) if _is_contest(runs) else None,
         costs.acceptance(runs),
         costs.budget(runs),
+        costs.chosen_trees(runs),
         costs.pareto(runs),
         costs.time_shares(runs),
         costs.batches(runs),
