@@ -158,27 +158,34 @@ def test_every_mode_gets_a_shape_within_the_limits():
     assert all(choice.shape in candidates(LIMIT) for choice in chosen.values())
 
 
-def suite_of(tree, spare=()):
+def suite_of(tree, spare=(), prompts=()):
     entry = DrafterEntry(name="a", type="known", tree=tree)
     modes = [Mode(name="greedy", temperature=0, rule="greedy")]
     generation = Generation(max_new_tokens=8, chat=False)
     config = SimpleNamespace(
         drafters=[entry], seed=0, generation=generation, modes=modes, baselines=["autoregressive"], peers=[]
     )
-    return SimpleNamespace(config=config, spare=spare)
+    return SimpleNamespace(config=config, spare=spare, prompts=prompts)
+
+
+def made(number, category):
+    return [
+        Prompt(id=f"{category}{n}", turns=(f"{category} {n}",), category=category, source="s", hash=f"{category}{n}")
+        for n in range(number)
+    ]
 
 
 def test_prompts_to_look_at_are_those_that_the_suite_left_out():
-    prompts = [
-        Prompt(id=str(n), turns=(f"prompt {n}",), category="c", source="s", hash=str(n)) for n in range(NUM_PROMPTS + 4)
-    ]
+    own, spare = made(2, "a") + made(2, "b"), made(40, "a")[2:] + made(20, "b")[2:] + made(20, "c")
     target = SimpleNamespace(max_positions=400, encode_text=lambda text, images: [len(text), *text.encode()])
-    assert calibration_prompts(suite_of(TreeConfig(), prompts), target) == []
-    spare = calibration_prompts(suite_of(TreeConfig(kind="auto"), prompts), target)
-    assert len(spare) == NUM_PROMPTS
-    assert {bytes(ids[1:]).decode() for ids in spare} < {prompt.turns[0] for prompt in prompts}
-    own = calibration_prompts(suite_of(TreeConfig(kind="auto"), prompts[:3]), target)
-    assert [bytes(ids[1:]).decode() for ids in own] == list(PROMPTS)
+    assert calibration_prompts(suite_of(TreeConfig(), spare, own), target) == []
+    looked_at = calibration_prompts(suite_of(TreeConfig(kind="auto"), spare, own), target)
+    texts = [bytes(ids[1:]).decode() for ids in looked_at]
+    assert len(set(texts)) == NUM_PROMPTS
+    assert set(texts) < {prompt.turns[0] for prompt in spare}
+    assert [sum(text.startswith(of) for text in texts) for of in "abc"] == [8, 8, 0]  # the suite's own proportions
+    ours = calibration_prompts(suite_of(TreeConfig(kind="auto"), spare[:3], own), target)
+    assert [bytes(ids[1:]).decode() for ids in ours] == list(PROMPTS)
 
 
 def test_auto_is_a_word_or_a_kind_with_wide_limits():

@@ -18,7 +18,7 @@ from vsdbench.suites.prompts import prompt_hash
 from vsdbench.suites.sources import HubSource, WheelSource
 
 SHIPPED = Path(__file__).parents[2] / "suites"
-EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "grounded": 80, "quickstart": 9, "smoke": 6}
+EMBEDDED = {"mtbench": 80, "humaneval": 164, "gsm8k": 100, "grounded": 80, "quickstart": 9, "smoke": 6, "trees": 24}
 ON_THE_HUB = {"alpaca", "cnndm", "nq", "math500", "mbpp"}
 
 

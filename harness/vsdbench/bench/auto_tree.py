@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Drafter, Generation, TargetState
     from vsdbench.models.target import Target
     from vsdbench.suites.loaders import Suite
+    from vsdbench.suites.prompts import Prompt
 
 NUM_PROMPTS = 16
 ANSWER_TOKENS = 48
@@ -377,7 +378,7 @@ def calibration_prompts(suite: Suite, target: Target) -> list[Sequence[int]]:
     """
     if not any(entry.tree.kind == "auto" for entry in suite.config.drafters):
         return []
-    spare = stratified(suite.spare, NUM_PROMPTS, suite.config.seed)
+    spare = _spare(suite)
     if len(spare) < NUM_PROMPTS and not any(prompt.images for prompt in spare):
         spare = [make_prompt(identifier=text, category="", turns=[text], source="own") for text in PROMPTS]
     encoded = [encode_turn(target, prompt, suite.config.generation) for prompt in spare]
@@ -386,3 +387,12 @@ def calibration_prompts(suite: Suite, target: Target) -> list[Sequence[int]]:
         return fitting
     text = encode_turn(target, replace(spare[0], images=()), suite.config.generation)
     return [list(text)[: max(1, room - 1)]]
+
+
+def _spare(suite: Suite) -> list[Prompt]:
+    """Return prompts that the suite left out, at most ``NUM_PROMPTS``, of its categories in its own proportions."""
+    seed, times = suite.config.seed, -(-NUM_PROMPTS // max(1, len(suite.prompts)))
+    left: list[Prompt] = []
+    for category, size in Counter(prompt.category for prompt in suite.prompts).items():
+        left += stratified([prompt for prompt in suite.spare if prompt.category == category], times * size, seed)
+    return stratified(left, NUM_PROMPTS, seed)

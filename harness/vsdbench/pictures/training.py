@@ -60,7 +60,7 @@ class Stage(ABC):
         for parameter in self._parameters:
             parameter.requires_grad_()
         self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=(0.9, 0.98), weight_decay=0.01
+            [group for group in groups if group["params"]], betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _share(step, settings.num_steps))
         self._schedule = schedule
