@@ -38,6 +38,7 @@ EAGLE = "type: eagle, draft_vocab_size: 40"
 MEDUSA = "type: medusa, draft_vocab_size: 40, num_heads: 2"
 PAIRS = [
     ("draft_vocab_size: 40", "type: kl, ttt_steps: 2"),  # EAGLE-3 unless a recipe says otherwise
+    ("draft_vocab_size: 40, copying: true", "type: kl, ttt_steps: 2"),
     (EAGLE, "type: feature, ttt_steps: 1"),
     (EAGLE, "type: feature, ttt_steps: 2"),
     (EAGLE, "type: topk, ttt_steps: 2"),

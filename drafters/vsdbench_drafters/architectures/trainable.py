@@ -31,7 +31,7 @@ def fresh_model(config: ArchitectureConfig, target: Target, draft_ids: Tensor, *
         draft_ids: ``[Vd]`` int64, the target ids of its vocabulary in increasing order.
         seed: Of its random weights.
     """
-    options = config.model_dump(exclude={"type", "draft_vocab_size"})
+    options = config.model_dump(exclude={"type", "draft_vocab_size", "copying"})
     model: DraftModel = _model_class(config).from_target(target, draft_ids, seed=seed, **options)
     return model
 

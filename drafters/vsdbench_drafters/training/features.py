@@ -194,6 +194,23 @@ class BatchMaker:
             asked = _Asked(self, dict(zip(starts, found.keys, strict=False)), dict(zip(starts, chosen, strict=False)))
         return batch, TargetView(rows, self._draft_head, self._table, self.head, asked)
 
+    def slots(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return features ``[n, 4H]`` and tokens ``[n]`` int64 at the first ``number`` slots of text (or all there are)."""
+        features, tokens, found = list[Tensor](), list[Tensor](), 0
+        for index, sequence in enumerate(self.sequences):
+            if found >= number:
+                break
+            read = self.source.read([index])
+            text = torch.ones(len(read.states), dtype=torch.bool, device=read.states.device)
+            text[0] = False  # the first token's state is like no other
+            if read.images is not None:
+                text &= ~read.images.mask.to(text.device)
+            self.num_forwards += isinstance(self.source, OnlineFeatures)
+            features.append(read.states[text])
+            tokens.append(torch.as_tensor(sequence.ids, dtype=torch.int64, device=text.device)[text])
+            found += len(tokens[-1])
+        return torch.cat(features), torch.cat(tokens)
+
     def ask(self, sequence: Sequenced, prefix: Tensor, branches: Branches, keys: Tensor | None = None) -> Tensor:
         """Ask the target about tokens drafted in a sequence; see ``branching.branch_states``."""
         if self.target is None:

@@ -24,10 +24,13 @@ class Eagle3Architecture(Config):
 
     Attributes:
         draft_vocab_size: Vd; a smaller one makes every draft step and the loss cheaper and covers less of the output.
+        copying: Start with heads that find where the last token stood before and repeat what followed it
+            (``architectures.copying``); not EAGLE-3's own start, which learns that late or never.
     """
 
     type: Literal["eagle3"] = "eagle3"
     draft_vocab_size: int = Field(default=8192, ge=16)
+    copying: bool = False
 
 
 class EagleArchitecture(Config):
@@ -224,6 +227,8 @@ class RecipeConfig(Config):
         content = self.model_dump(mode="json", exclude={"name", "version", "description", "target", "warm_start"})
         if self.evaluation is None:
             del content["evaluation"]
+        if not content["architecture"].get("copying", True):
+            del content["architecture"]["copying"]
         content["data"] = self.data.content()
         for speed in ("features", "keys", "keys_gb", "checkpoint_s", "compile", "shard_target"):
             del content["training"][speed]

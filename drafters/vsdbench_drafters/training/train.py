@@ -20,6 +20,8 @@ from vsdbench.models.branching import can_branch, counts_tokens, key_shape
 from vsdbench.paths import cache_dir
 from vsdbench.processes import Processes
 from vsdbench.store.files import FileLock, write_atomic
+from vsdbench_drafters.architectures.copying import SLOTS_PER_WIDTH, start_copying
+from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
 from vsdbench_drafters.objectives.path_objective import PathObjective
 from vsdbench_drafters.training.compiled import compile_row_losses, wants_compiling
@@ -299,6 +301,8 @@ def _run(
     head = target.model.get_output_embeddings().weight
     with processes.first_goes():
         maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
+        if recipe.warm_start is None and isinstance(model, Eagle3Model) and recipe.architecture.copying:
+            start_copying(model, *maker.slots(SLOTS_PER_WIDTH * target.hidden_size), seed=config.seed)
         heldout = evaluator(recipe, target, data, model) if processes.is_first else None
     objective = make_objective(recipe.objective)
     if wants_compiling(config.compile, target.device):
