@@ -114,7 +114,14 @@ def test_only_what_changes_the_weights_is_hashed():
     speed = ("features=online", "checkpoint_s=5", "compile=true", "shard_target=true")
     for same in (*(f"training.{change}" for change in speed), "description=x", "data.slots=3"):
         assert content_hash(load_recipe(path, [same]).content()) == base
-    for other in ("training.lr=1e-4", "training.seed=1", "objective.type=ce", "data.num_tokens=5"):
+    assert content_hash(load_recipe(path, ["architecture.copying=false"]).content()) == base  # older hashes stay
+    for other in (
+        "architecture.copying=true",
+        "training.lr=1e-4",
+        "training.seed=1",
+        "objective.type=ce",
+        "data.num_tokens=5",
+    ):
         assert content_hash(load_recipe(path, [other]).content()) != base
 
 

@@ -253,7 +253,9 @@ def test_what_was_predicted_of_automatic_trees(name):
     told = {key: methods(name)[key[0]].get("trees", {}).get(own[0]["mode"]) for key, own in of.items()}
     expected = [(key, tree) for key, tree in told.items() if tree]
     assert ("trees" in tables(name)) == bool(expected)
-    for row, ((drafter, temperature), predicted) in zip(table(name, "trees") if expected else [], expected, strict=True):
+    for row, ((drafter, temperature), predicted) in zip(
+        table(name, "trees") if expected else [], expected, strict=True
+    ):
         own, plain = of[drafter, temperature], chosen(name, "autoregressive", temperature)
         size = own[0]["tree"]
         assert (row["drafter"], row["T"]) == (drafter, f"{temperature:g}")

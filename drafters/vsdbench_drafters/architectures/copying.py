@@ -57,7 +57,9 @@ def start_copying(model: Eagle3Model, features: Tensor, tokens: Tensor, *, seed:
     generator = torch.Generator().manual_seed(seed)
     attention = layer.self_attn
     for group in range(groups):
-        projection = torch.randn(config.hidden_size, len(slow), generator=generator).to(states) / config.hidden_size**0.5
+        projection = (
+            torch.randn(config.hidden_size, len(slow), generator=generator).to(states) / config.hidden_size**0.5
+        )
         scale = (_MATCH * width**0.5 / len(slow)) ** 0.5
         key = attention.k_proj.weight[group * width :][:width]
         query = attention.q_proj.weight[group * per_group * width :][:width]
@@ -78,4 +80,5 @@ def _least_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
     centred = inputs - inputs.mean(0)
     gram = centred.T @ centred
     ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    return torch.linalg.solve(gram + ridge, centred.T @ outputs)
+    solution: Tensor = torch.linalg.solve(gram + ridge, centred.T @ outputs)
+    return solution

@@ -195,7 +195,7 @@ class BatchMaker:
         return batch, TargetView(rows, self._draft_head, self._table, self.head, asked)
 
     def slots(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return features ``[n, 4H]`` and tokens ``[n]`` int64 at the first ``number`` slots of text (or all there are)."""
+        """Return features ``[n, 4H]`` and tokens ``[n]`` int64 at the first ``number`` slots of text, or at all."""
         features, tokens, found = list[Tensor](), list[Tensor](), 0
         for index, sequence in enumerate(self.sequences):
             if found >= number:

@@ -37,7 +37,7 @@ from vsdbench_drafters.training.features import (
 )
 from vsdbench_drafters.training.heldout import evaluator
 from vsdbench_drafters.training.loop import Progress, TrainingLoop
-from vsdbench_drafters.training.recipe import RecipeConfig, load_recipe, make_objective
+from vsdbench_drafters.training.recipe import Eagle3Architecture, RecipeConfig, load_recipe, make_objective
 
 if TYPE_CHECKING:
     from vsdbench.models.target import Target
@@ -301,7 +301,8 @@ def _run(
     head = target.model.get_output_embeddings().weight
     with processes.first_goes():
         maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
-        if recipe.warm_start is None and isinstance(model, Eagle3Model) and recipe.architecture.copying:
+        copying = isinstance(recipe.architecture, Eagle3Architecture) and recipe.architecture.copying
+        if recipe.warm_start is None and copying and isinstance(model, Eagle3Model):
             start_copying(model, *maker.slots(SLOTS_PER_WIDTH * target.hidden_size), seed=config.seed)
         heldout = evaluator(recipe, target, data, model) if processes.is_first else None
     objective = make_objective(recipe.objective)

@@ -8,9 +8,9 @@ on the machine, so it is measured, on prompts that are not in the suite. Two mea
 * *Cost.* A few steps with each of a grid of shapes give the milliseconds of drafting (by depth and children) and of
   verifying (by nodes), and of a plain step.
 
-Their ratio, tokens a step x plain step / (drafting + verifying + the rest), ranks all shapes. The best of so many noisy
-numbers is too good to be true, so it is no prediction: a few finalists decode the same prompts beside plain decoding, answer
-by answer in turn, and the fastest of them is taken with the speedup that it had there.
+Their ratio, tokens a step x plain step / (drafting + verifying + the rest), ranks all shapes. The best of so many
+noisy numbers is too good to be true, so it is no prediction: a few finalists decode the same prompts beside plain
+decoding, answer by answer in turn, and the fastest of them is taken with the speedup that it had there.
 """
 
 from __future__ import annotations
@@ -311,8 +311,8 @@ def play_off(
 ) -> list[Choice]:
     """Return what was measured of some shapes, the fastest first.
 
-    Every prompt is decoded plainly and with every shape, the first of them in turn another. As in a report, a speedup is
-    the geometric mean over prompts of the ratio of seconds a token.
+    Every prompt is decoded plainly and with every shape, the first of them in turn another. As in a report, a
+    speedup is the geometric mean over prompts of the ratio of seconds a token.
     """
     contestants = [None, *shapes]
     answers: dict[TreeShape | None, list[Generation]] = {shape: [] for shape in contestants}
