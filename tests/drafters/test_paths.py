@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import stats
 from tests.drafters.path_tools import DRAFT_IDS, make_setting
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench_drafters.objectives.base import DraftBatch
@@ -54,6 +55,33 @@ def test_anchors_are_distinct_rows_of_every_sequence(setting, anchors):
     spans = [(span.first_row, span.first_row + span.num_rows) for span in setting.batch.spans]
     touched = {index for row in some.tolist() for index, (first, stop) in enumerate(spans) if first <= row < stop}
     assert (len(some), len(touched)) == (4, 1)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would be waited for: sizes that depend on what it computes, and single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += by_mask or name in {"nonzero", "_unique2", "masked_select", "_local_scalar_dense"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_of_all_sequences_are_chosen_by_one_read(setting, anchors, monkeypatch):
+    context, listed, tolist = setting.model.start(setting.batch), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: listed.append(tensor) or tolist(tensor))
+    with Reads() as reads:
+        chosen = context.select(anchors)
+    assert (reads.count, len(listed)) == (0, 1)
+    assert [own for *_, own in chosen.spans] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    alone = context.select(anchors[4:8])
+    assert alone.spans == [(*chosen.spans[1][:2], slice(0, 4))]
+    assert torch.equal(alone.masks[0], chosen.masks[1])
+    assert context.select(anchors[:0]).spans == []
 
 
 @pytest.mark.parametrize("kind", ["sampled", "tree", "mixed"])

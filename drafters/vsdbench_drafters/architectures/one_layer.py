@@ -188,17 +188,20 @@ class LayerContext:
     picture: Tensor | None = None
 
     def select(self, rows: Tensor) -> LayerContext:
-        """Return a context of these rows, ``[n]`` int64, repeats allowed, those of one sequence standing together.
+        """Return a context of these rows, ``[n]`` int64, repeats allowed, sequence by sequence in the batch's order.
 
         Both contexts go on independently; where paths branch, the rows of a level name their parents' rows.
         """
+        firsts = torch.tensor([own.start for *_, own in self.spans[1:]], dtype=torch.int64, device=rows.device)
+        owners = torch.bucketize(rows, firsts, right=True)
+        # Read at once for all sequences: each read waits until a GPU has done all that it was given.
+        ends = torch.searchsorted(owners, torch.arange(len(self.spans), device=rows.device), right=True).tolist()
         spans, masks, first = [], [], 0
-        for (start, length, own), mask in zip(self.spans, self.masks, strict=True):
-            mine = rows[(rows >= own.start) & (rows < own.stop)] - own.start
-            if len(mine):
-                spans.append((start, length, slice(first, first + len(mine))))
-                masks.append(mask[mine])
-                first += len(mine)
+        for (start, length, own), mask, stop in zip(self.spans, self.masks, ends, strict=True):
+            if stop > first:
+                spans.append((start, length, slice(first, stop)))
+                masks.append(mask[rows[first:stop] - own.start])
+                first = stop
         return LayerContext(
             self.batch,
             self.hidden[rows] if self.started else self.hidden,
@@ -302,13 +305,13 @@ class OneLayerModel(DraftModel):
         entered = self.enter(batch, self._following(batch, hidden), hidden)
         keys, values = self._prefix(batch, entered)
         spans, masks, positions = [], [], []
-        for span in batch.spans:
+        ends = [(span.start, span.start + span.length - 2) for span in batch.spans]
+        if entered.slots is not None and ends:
+            ends = torch.searchsorted(entered.slots, torch.tensor(ends, device=hidden.device)).tolist()
+        for span, (first, stop) in zip(batch.spans, ends, strict=True):
             slots = torch.arange(span.first_slot, span.length - 2, device=hidden.device)
             every = torch.arange(span.length - 2, device=hidden.device)
-            first = span.start
             if entered.slots is not None:
-                ends = torch.tensor([span.start, span.start + span.length - 2], device=hidden.device)
-                first, stop = torch.searchsorted(entered.slots, ends).tolist()
                 every = entered.slots[first:stop] - span.start
             masks.append(every[None] > slots[:, None])
             positions.append(slots)
@@ -338,11 +341,11 @@ class OneLayerModel(DraftModel):
 
     def _following(self, batch: DraftBatch, hidden: Tensor) -> Tensor:
         """Return ``[N, H]``: at every slot, the embedding of the token that follows, or what stands for it."""
-        following = torch.roll(batch.tokens, -1)  # the last slot of a sequence is wrong here, and never attended to
-        embedded = self._embed(following, hidden)
-        if batch.image_mask is not None and batch.image_embeddings is not None:
-            embedded[batch.image_mask.nonzero()[:, 0] - 1] = batch.image_embeddings.to(embedded.dtype)
-        return embedded
+        # The last slot of a sequence is wrong here, and never attended to.
+        if batch.image_mask is None or batch.image_embeddings is None:
+            return self._embed(torch.roll(batch.tokens, -1), hidden)
+        own = self._embed(batch.tokens, hidden)
+        return torch.roll(own.masked_scatter(batch.image_mask[:, None], batch.image_embeddings.to(own.dtype)), -1, 0)
 
     def _prefix(self, batch: DraftBatch, entered: Entered) -> tuple[Tensor, Tensor]:
         """Return keys and values of step 0 at every slot that has one, ``[K, G, D]`` each."""

@@ -250,18 +250,21 @@ class GroupTree(PathObjective):
         hidden = trace(drafter, branch, known.trie)
         chosen = torch.arange(len(known.best), device=hidden.device)
         rows, tokens = known.trie.rows[chosen, known.best], known.paths.tokens[chosen, known.best]
-        valid = known.paths.valid[chosen, known.best]
-        losses = rows_of(hidden[rows[valid]], drafter.head(), tokens[valid], cross_entropy_rows)
-        sums = losses.new_zeros(len(chosen)).index_add(0, chosen[:, None].expand_as(rows)[valid], -losses)
+        owner, place = known.paths.valid[chosen, known.best].nonzero(as_tuple=True)
+        losses = rows_of(hidden[rows[owner, place]], drafter.head(), tokens[owner, place], cross_entropy_rows)
+        sums = losses.new_zeros(len(chosen)).index_add(0, owner, -losses)
         return sums / known.paths.lengths[chosen, known.best].clamp(min=1)
 
 
 def _standardise(gain: Tensor, batch: DraftBatch, anchors: Tensor) -> Tensor:
     """Return gains less their sequence's mean, over its deviation; a sequence with one anchor gives 0."""
     result = torch.zeros_like(gain)
-    for span in batch.spans:
-        mine = (anchors >= span.first_row) & (anchors < span.first_row + span.num_rows)
-        if int(mine.sum()) > 1:
-            group = gain[mine]
-            result[mine] = (group - group.mean()) / (group.std() + 1e-6)
+    ends = [span.first_row + span.num_rows for span in batch.spans]
+    bounds = torch.tensor(ends, dtype=torch.int64, device=anchors.device)
+    first = 0
+    for stop in torch.searchsorted(anchors, bounds).tolist():  # anchors stand in increasing order
+        if stop > first + 1:
+            group = gain[first:stop]
+            result[first:stop] = (group - group.mean()) / (group.std() + 1e-6)
+        first = stop
     return result

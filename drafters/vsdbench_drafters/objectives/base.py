@@ -99,11 +99,12 @@ class DraftBatch:
         a piece of an image. ``images`` are those of all sequences, None where there are none.
         """
         spans, slots, ends, start, row = [], [], [], 0, 0
+        shown = None if images is None else images.mask.cpu()
         for sequence, prompt_len in zip(sequences, prompt_lens, strict=True):
             # Slot t predicts token t + 2, so the first response token (index prompt_len) belongs to prompt_len - 2.
             first = prompt_len - 2
-            if images is not None:
-                first = max([first, *images.mask[start : start + len(sequence)].nonzero()[-1:, 0].tolist()])
+            if shown is not None:
+                first = max([first, *shown[start : start + len(sequence)].nonzero()[-1:, 0].tolist()])
             first_slot = min(max(first, 0), max(len(sequence) - 2, 0))
             span = Span(start, len(sequence), first_slot, row)
             if span.num_rows > 0:

@@ -55,9 +55,8 @@ class OnPolicy(PathObjective):
         hidden = trace(drafter, branch, trie)
         scores = self.score(batch, drafter, target_view, anchors, trie, hidden)
         valid = paths.valid
-        share = (1 / (paths.lengths > 0).sum(-1).clamp(min=1)).float()[:, None, None].expand(valid.shape)
-        weights = torch.zeros(len(trie), device=hidden.device)
-        weights.index_add_(0, trie.rows[valid], share[valid])
+        share = (1 / (paths.lengths > 0).sum(-1).clamp(min=1)).float()[:, None, None] * valid
+        weights = torch.zeros(len(trie), device=hidden.device).index_add_(0, trie.rows.flatten(), share.flatten())
         path_term = token.fused(
             hidden,
             drafter.head(),

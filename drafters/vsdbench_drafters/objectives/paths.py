@@ -85,6 +85,12 @@ class Trie:
     def __len__(self) -> int:
         return len(self.parents)
 
+    def to(self, device: torch.device | str) -> Trie:
+        """Return it on a device."""
+        return Trie(
+            self.parents.to(device), self.tokens.to(device), self.anchors.to(device), self.levels, self.rows.to(device)
+        )
+
     @property
     def depths(self) -> Tensor:
         """``[M]`` int64: tokens drafted before each context."""
@@ -230,23 +236,23 @@ def join(first: Paths, second: Paths) -> Paths:
 
 
 def merge(paths: Paths, vocab: int) -> Trie:
-    """Return the trie of all paths of all anchors.
+    """Return the trie of all paths of all anchors; found on the host, which waits for a GPU once and not every level.
 
     Args:
         paths: The paths.
         vocab: Vd.
     """
     num_anchors, _, depth = paths.tokens.shape
-    device = paths.tokens.device
-    row = torch.arange(num_anchors, device=device)[:, None].expand(paths.lengths.shape)
-    rows = [torch.where(paths.lengths > 0, row, 0)]
-    parents = [torch.full((num_anchors,), -1, device=device)]
+    drawn, lengths = paths.tokens.cpu(), paths.lengths.cpu()
+    row = torch.arange(num_anchors)[:, None].expand(lengths.shape)
+    rows = [torch.where(lengths > 0, row, 0)]
+    parents = [torch.full((num_anchors,), -1)]
     tokens = [parents[0]]
-    anchors = [torch.arange(num_anchors, device=device)]
+    anchors = [torch.arange(num_anchors)]
     levels = [0, num_anchors]
     for level in range(1, depth):
-        alive = paths.lengths > level
-        keys = row * vocab + paths.tokens[..., level - 1]
+        alive = lengths > level
+        keys = row * vocab + drawn[..., level - 1]
         distinct, inverse = torch.unique(keys[alive], return_inverse=True)
         parents.append(distinct // vocab)
         tokens.append(distinct % vocab)
@@ -254,7 +260,8 @@ def merge(paths: Paths, vocab: int) -> Trie:
         row = torch.zeros_like(row).masked_scatter(alive, inverse + levels[-1])
         rows.append(row)
         levels.append(levels[-1] + len(distinct))
-    return Trie(torch.cat(parents), torch.cat(tokens), torch.cat(anchors), tuple(levels), torch.stack(rows, dim=-1))
+    found = Trie(torch.cat(parents), torch.cat(tokens), torch.cat(anchors), tuple(levels), torch.stack(rows, dim=-1))
+    return found.to(paths.tokens.device)
 
 
 def trace(drafter: DraftModel, context: DraftContext, trie: Trie) -> Tensor:
@@ -277,7 +284,8 @@ def trace(drafter: DraftModel, context: DraftContext, trie: Trie) -> Tensor:
 def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, target: BranchingTarget) -> Tensor:
     """Return ``[M - A, H_target]``: the target's last normed hidden state in every context below the anchors.
 
-    One forward a sequence, over its tokens up to the last anchor and all contexts drafted there.
+    One forward a sequence, over its tokens up to the last anchor and all contexts drafted there. What each is asked for
+    is found on the host, where no step of it waits for a GPU.
 
     Args:
         batch: The batch.
@@ -287,7 +295,8 @@ def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, ta
         target: The target.
     """
     num_anchors, device = len(anchors), anchors.device
-    roots = batch.slots[anchors] + 1  # the token below which an anchor drafts
+    roots = (batch.slots[anchors] + 1).cpu()  # the token below which an anchor drafts
+    trie = trie.to("cpu")
     below = roots[trie.anchors[num_anchors:]]
     order: list[Tensor] = []
     states: list[Tensor] = []
@@ -295,27 +304,32 @@ def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, ta
         mine = ((below >= span.start) & (below < span.start + span.length)).nonzero()[:, 0]
         if len(mine) == 0:
             continue
-        branches = _branches(trie, mine + num_anchors, below[mine] - span.start, draft_ids)
-        prefix = batch.tokens[span.start : span.start + int(branches.roots.max()) + 1]
+        own = below[mine] - span.start
+        branches = _branches(trie, mine + num_anchors, own, draft_ids)
+        prefix = batch.tokens[span.start : span.start + int(own.max()) + 1]
         order.append(mine)
         states.append(target.branch_states(span.start, prefix, branches))
     if not order:
         return torch.empty(0, 0, device=device)
-    return torch.cat(states)[torch.cat(order).argsort()]
+    return torch.cat(states)[torch.cat(order).argsort().to(device)]
 
 
 def _branches(trie: Trie, rows: Tensor, roots: Tensor, draft_ids: Tensor) -> Branches:
-    """Return the contexts ``rows`` (``[n]``, all those below the anchors of one sequence) with their roots."""
+    """Return the contexts ``rows`` (``[n]``, all those below the anchors of one sequence) with their roots.
+
+    All arguments but the last, whose device the result is on, are on the host.
+    """
     depths = trie.depths[rows]
-    local = torch.full((len(trie),), -1, device=rows.device)
-    local[rows] = torch.arange(len(rows), device=rows.device)
+    local = torch.full((len(trie),), -1)
+    local[rows] = torch.arange(len(rows))
     parents = local[trie.parents[rows]]
-    lineage = torch.full((len(rows), int(depths.max())), -1, device=rows.device)
+    lineage = torch.full((len(rows), int(depths.max())), -1)
     for depth in range(1, lineage.shape[1] + 1):
         level = (depths == depth).nonzero()[:, 0]
         lineage[level, : depth - 1] = lineage[parents[level], : depth - 1]
         lineage[level, depth - 1] = level
-    return Branches(draft_ids[trie.tokens[rows]], roots, lineage)
+    device = draft_ids.device
+    return Branches(draft_ids[trie.tokens[rows].to(device)], roots.to(device), lineage.to(device))
 
 
 def draft_probs(drafter: DraftModel, hidden: Tensor) -> Tensor:
@@ -377,10 +391,10 @@ def draw(probs: Tensor, rows: Tensor, uniform: Tensor, total: Tensor | None = No
         found[some] = torch.searchsorted(cumulative, wanted[some] * mass, right=True)
     tokens = torch.empty_like(order)
     tokens[order] = found[owner, place]
-    behind = (tokens >= probs.shape[-1]).nonzero()[:, 0]
     if total is not None:
-        tokens[behind] = -1
-    elif len(behind):  # rounding put the threshold on the sum itself: the last token that has a probability is meant
+        return tokens.masked_fill(tokens >= probs.shape[-1], -1).view(rows.shape)
+    behind = (tokens >= probs.shape[-1]).nonzero()[:, 0]
+    if len(behind):  # rounding put the threshold on the sum itself: the last token that has a probability is meant
         positive = probs[rows.flatten()[behind]] > 0
         tokens[behind] = probs.shape[-1] - 1 - positive.flip(-1).int().argmax(-1)
     return tokens.view(rows.shape)

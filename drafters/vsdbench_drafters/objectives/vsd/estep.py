@@ -127,11 +127,11 @@ def _correct(  # noqa: PLR0917 - one step of ``judge``
     """
     rejected = num_accepted < paths.lengths
     last = num_accepted.clamp(max=paths.tokens.shape[-1] - 1)[..., None]
-    rows = trie.rows.gather(-1, last)[..., 0][rejected]
-    correction = torch.full_like(num_accepted, -1)
+    contexts, tokens = (of.gather(-1, last)[..., 0] for of in (trie.rows, paths.tokens))
     if model == "greedy":
-        correction[rejected] = scores.choices[rows]
-        return correction
+        return torch.where(rejected, scores.choices[contexts], -1)
+    anchor, path = rejected.nonzero(as_tuple=True)
+    rows = contexts[anchor, path]
     if model == "sampled":  # paths that are rejected in one context share the residual there
         rows, own = torch.unique(rows, return_inverse=True)
         target = scores.target[rows]
@@ -139,10 +139,11 @@ def _correct(  # noqa: PLR0917 - one step of ``judge``
     else:
         own = torch.arange(len(rows), device=rows.device)
         target = scores.target[rows]
-        others = target.scatter(-1, paths.tokens.gather(-1, last)[..., 0][rejected][:, None], 0.0)
+        others = target.scatter(-1, tokens[anchor, path][:, None], 0.0)
     outside = (1 - target.sum(-1, dtype=torch.float64)).clamp(min=0)
     total = others.sum(-1, dtype=torch.float64) + outside
-    correction[rejected] = draw(others, own, uniform[rejected], total)
+    correction = torch.full_like(num_accepted, -1)
+    correction[anchor, path] = draw(others, own, uniform[anchor, path], total)
     return correction
 
 

@@ -56,19 +56,16 @@ def soft_targets(settings: MStepSettings, paths: Paths, trie: Trie, scores: Scor
     weights = judged.weights[..., None].expand(tested.shape)
     if settings.targets == "full":
         reach = torch.zeros(len(trie), dtype=targets.dtype, device=targets.device)
-        reach.index_add_(0, trie.rows[tested], weights[tested].to(targets.dtype))
+        reach.index_add_(0, trie.rows.flatten(), (weights * tested).flatten().to(targets.dtype))
         kept, emitted = _expected_tokens(settings.model, paths, trie, scores)
         return reach[:, None] * (kept + share[trie.anchors][:, None] * (emitted - kept))
     accepted = paths.valid & (depth < judged.num_accepted[..., None])
-    targets.index_put_(
-        (trie.rows[accepted], paths.tokens[accepted]), weights[accepted].to(targets.dtype), accumulate=True
-    )
+    targets.index_put_((trie.rows, paths.tokens), (weights * accepted).to(targets.dtype), accumulate=True)
     corrected = judged.correction >= 0
     last = judged.num_accepted.clamp(max=len(depth) - 1)[..., None]
     rows = trie.rows.gather(-1, last)[..., 0]
-    values = (judged.weights * share[:, None])[corrected]
-    targets.index_put_((rows[corrected], judged.correction[corrected]), values.to(targets.dtype), accumulate=True)
-    return targets
+    values = (judged.weights * share[:, None] * corrected).to(targets.dtype)
+    return targets.index_put_((rows, judged.correction.clamp(min=0)), values, accumulate=True)
 
 
 def _correction_share(settings: MStepSettings, tested: Tensor, judged: Judged) -> Tensor:
@@ -85,13 +82,11 @@ def _expected_tokens(model: Acceptance, paths: Paths, trie: Trie, scores: Scores
     """Return ``[M, Vd]`` twice: chances that a token is accepted in a context, and that it is emitted at all."""
     if model == "sampled":
         return torch.minimum(scores.target, scores.draft), scores.target
-    tried = torch.zeros_like(scores.target)
-    tried[trie.rows[paths.valid], paths.tokens[paths.valid]] = 1
+    tried = _largest_at(trie, paths, paths.valid, scores.target)
     emitted = scores.target
     if model == "greedy":
-        inside = scores.choices >= 0
-        emitted = torch.zeros_like(scores.target)
-        emitted[inside, scores.choices[inside]] = 1
+        inside = (scores.choices >= 0)[:, None].to(emitted.dtype)
+        emitted = torch.zeros_like(emitted).scatter_(1, scores.choices.clamp(min=0)[:, None], inside)
     return emitted * tried, emitted
 
 
@@ -99,17 +94,24 @@ def _expected_tokens(model: Acceptance, paths: Paths, trie: Trie, scores: Scores
 def reached(paths: Paths, trie: Trie, judged: Judged) -> Tensor:
     """Return ``[r]`` int64, the contexts in which some path's token was tested: no other one has anything to learn."""
     depth = torch.arange(paths.tokens.shape[-1], device=paths.tokens.device)
-    rows: Tensor = torch.unique(trie.rows[paths.valid & (depth <= judged.num_accepted[..., None])])
-    return rows
+    tested = paths.valid & (depth <= judged.num_accepted[..., None])
+    count = torch.zeros(len(trie), dtype=torch.int64, device=tested.device)
+    return count.index_add_(0, trie.rows.flatten(), tested.flatten().long()).nonzero()[:, 0]
 
 
 @torch.no_grad()
 def rejections(paths: Paths, trie: Trie, judged: Judged, like: Tensor) -> Tensor:
     """Return ``[M, Vd]`` 1 - a of every distinct child that the oracle rejected, 0 elsewhere."""
-    found = torch.zeros_like(like)
     depth = torch.arange(paths.tokens.shape[-1], device=paths.tokens.device)
     rejected = paths.valid & (depth == judged.num_accepted[..., None])
-    found[trie.rows[rejected], paths.tokens[rejected]] = (1 - judged.accept[rejected]).to(like.dtype)
+    return _largest_at(trie, paths, (1 - judged.accept) * rejected, like)
+
+
+def _largest_at(trie: Trie, paths: Paths, values: Tensor, like: Tensor) -> Tensor:
+    """Return ``[M, Vd]`` the largest of the ``[A, S, L]`` values, 0 or more, that stand at each child; 0 elsewhere."""
+    places = trie.rows * like.shape[-1] + paths.tokens
+    found = torch.zeros_like(like)
+    found.view(-1).scatter_reduce_(0, places.flatten(), values.flatten().to(like.dtype), "amax")
     return found
 
 
