@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from tests.drafters.conftest import ToySequence, make_target
+from tests.drafters.plain import target_pass
 
 from vsdbench.bench import run as run_module
 from vsdbench.cli import app
@@ -27,7 +28,7 @@ from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.training import distributed
 from vsdbench_drafters.training import train as train_module
 from vsdbench_drafters.training.distributed import shard_target
-from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, target_pass
+from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
 from vsdbench_drafters.training.heldout import HeldOut
 from vsdbench_drafters.training.loop import Progress, TrainingLoop
 from vsdbench_drafters.training.recipe import TrainingConfig

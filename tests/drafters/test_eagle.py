@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.drafters.conftest import make_target
+from tests.drafters.plain import forward_kl, target_pass
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -18,8 +19,8 @@ from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.architectures.one_layer_drafter import Growth
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
 from vsdbench_drafters.objectives.feature import FeatureRegression, smooth_l1
-from vsdbench_drafters.objectives.token import CrossEntropy, ForwardKL, forward_kl
-from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, target_pass
+from vsdbench_drafters.objectives.token import CrossEntropy, ForwardKL
+from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
 
 TENSORS = {
     "fc.weight", "fc.bias", "d2t", "t2d", "layers.0.post_attention_layernorm.weight",

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.drafters.plain import target_pass
 
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TreeShape
@@ -14,7 +15,6 @@ from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Config, Eagle3Model, build
 from vsdbench_drafters.architectures.one_layer_drafter import Growth
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
-from vsdbench_drafters.training.features import target_pass
 
 TENSORS = {
     "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",

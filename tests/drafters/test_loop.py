@@ -11,19 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.drafters.plain import target_pass
 
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.objectives.token import ForwardKL
 from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.training import train as train_module
-from vsdbench_drafters.training.features import (
-    BatchMaker,
-    OnlineFeatures,
-    draft_vocabulary,
-    plan_batches,
-    target_pass,
-)
+from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, draft_vocabulary, plan_batches
 from vsdbench_drafters.training.heldout import HeldOut
 from vsdbench_drafters.training.loop import TrainingLoop
 from vsdbench_drafters.training.optim import lr_scale

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tests.drafters.conftest import make_target
+from tests.drafters.plain import cross_entropy, target_pass
 
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.architectures.medusa import MedusaDrafter, MedusaModel, build
 from vsdbench_drafters.objectives.base import DraftBatch, unroll
-from vsdbench_drafters.objectives.token import CrossEntropy, ForwardKL, cross_entropy
-from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, target_pass
+from vsdbench_drafters.objectives.token import CrossEntropy, ForwardKL
+from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
 from vsdbench_drafters.training.heldout import HeldOut
 
 IDS = torch.arange(3, 43)

@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
+from tests.drafters.plain import cross_entropy, forward_kl
 
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.objectives.base import DraftBatch, TargetView, unroll
 from vsdbench_drafters.objectives.token import (
     CrossEntropy,
     ForwardKL,
-    cross_entropy,
     cross_entropy_rows,
-    forward_kl,
     fused,
     soft_cross_entropy_rows,
     step_weights,

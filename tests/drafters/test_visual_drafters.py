@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tests.decoding.tiny import SHAPES, VOCAB, make_prompt, plain, settings
 from tests.decoding.tiny import make_target as make_decode_target
+from tests.drafters.plain import target_pass
 from tests.drafters.test_eagle import random_weights
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -24,7 +25,6 @@ from vsdbench_drafters.architectures.vispec import build as build_vispec
 from vsdbench_drafters.objectives.base import DraftBatch, ImageTokens, TargetView, unroll
 from vsdbench_drafters.objectives.feature import FeatureRegression
 from vsdbench_drafters.objectives.token import ForwardKL
-from vsdbench_drafters.training.features import target_pass
 from vsdbench_drafters.training.optim import make_optimisers
 from vsdbench_drafters.training.recipe import TrainingConfig
 

@@ -1,7 +1,7 @@
 """Token-level objectives: cross-entropy on the target's own tokens, and forward KL to the target's distribution.
 
-Plain functions of logits say what is meant; ``fused`` computes the same from hidden states and the LM head without
-keeping a ``[rows, vocabulary]`` float32 tensor per step alive, and the tests hold it against the plain ones.
+``fused`` computes them from hidden states and the LM head without keeping a ``[rows, vocabulary]`` float32 tensor per
+step alive; the tests hold it against plain functions of logits.
 ``fused_steps`` does all steps of a training-time test that have one head at once.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,36 +22,6 @@ if TYPE_CHECKING:
 
 _PRODUCT_ELEMENTS = 1 << 22  # logits that one product makes
 _CHUNK_ELEMENTS = 1 << 18  # of them, those that are float32 at a time: 1 MiB stays in the cache of a CPU core
-
-
-def cross_entropy(draft_logits: Tensor, target_tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of -log q(y) over the kept rows (EAGLE, arXiv 2401.15077; Medusa, arXiv 2401.10774).
-
-    Args:
-        draft_logits: ``[R, Vd]``.
-        target_tokens: ``[R]`` int64 draft-vocabulary ids of the target's own tokens; -1 (outside) is masked.
-        mask: ``[R]`` bool.
-    """
-    keep = mask & (target_tokens >= 0)
-    losses = F.cross_entropy(_wide(draft_logits), target_tokens.clamp(min=0), reduction="none")
-    return (losses * keep).sum() / keep.sum().clamp(min=1)
-
-
-def forward_kl(draft_logits: Tensor, target_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(soft_ce, kl)``, means over the kept rows of -Σ p log q and of Σ p log(p/q) (EAGLE-3, arXiv 2503.01840).
-
-    They differ by the target's entropy, so their gradients are equal; the soft cross-entropy is the training loss.
-
-    Args:
-        draft_logits: ``[R, Vd]``.
-        target_probs: ``[R, Vd]`` p, normalised over the draft vocabulary.
-        mask: ``[R]`` bool.
-    """
-    log_q = torch.log_softmax(_wide(draft_logits), dim=-1)
-    soft_ce = -(target_probs * log_q).sum(-1)
-    entropy = torch.special.entr(target_probs).sum(-1)
-    count = mask.sum().clamp(min=1)
-    return (soft_ce * mask).sum() / count, ((soft_ce - entropy) * mask).sum() / count
 
 
 def step_weights(num_steps: int, decay: float = 0.8) -> list[float]:
@@ -307,8 +276,3 @@ def weighted(weights: list[float], terms: list[Tensor]) -> LossOutput:
 def mean_weights(keep: Tensor) -> Tensor:
     """Return row weights that turn a weighted sum into the mean over the kept rows."""
     return keep / keep.sum().clamp(min=1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Return logits in float32, or float64 if they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()

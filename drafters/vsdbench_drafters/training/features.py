@@ -102,11 +102,6 @@ def _packed_images(found: Sequence[Features]) -> ImageTokens | None:
     return ImageTokens(torch.cat(masks), torch.cat([images.embeddings for images in given]))
 
 
-def target_pass(target: Target, sequences: Sequence[Any]) -> list[Tensor]:
-    """Return ``[L, 4H]`` for each sequence of ids: the three features, then the last normed hidden state."""
-    return [one.states for one in run_target(target, sequences, keys=False)]
-
-
 def run_target(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[Features]:
     """Return the features of each sequence, with keys and values where they are wanted.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from vsdbench.decoding.engine import end_of_answer
+from vsdbench.decoding.ending import Ending
 from vsdbench.decoding.interfaces import Generation
 from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
 from vsdbench.errors import ConfigError
@@ -87,11 +87,11 @@ def generation_config(
     """
     if not prompt:
         raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
-    eos_ids = target.eos_ids if settings.eos_ids is None else settings.eos_ids
+    ending = Ending.of(target, prompt, settings)
     return GenerationConfig(
-        max_new_tokens=end_of_answer(target, prompt, settings) - len(prompt),
+        max_new_tokens=ending.length - len(prompt),
         do_sample=False,
-        eos_token_id=sorted(eos_ids) or None,
+        eos_token_id=sorted(ending.eos_ids) or None,
         # Nothing is padded; a token of the prompt would be taken for padding and be hidden from a draft model.
         pad_token_id=min(set(range(len(prompt) + 1)) - set(prompt)),
         use_cache=True,
@@ -103,14 +103,6 @@ def keyed_processors(settings: DecodeSettings) -> LogitsProcessorList:
     """Return the logits processors that leave plain decoding's token: none when it is greedy."""
     drawn = settings.sampling.temperature > 0
     return LogitsProcessorList([_CoupledDraw(settings.sampling, settings.seed)] if drawn else [])
-
-
-def stop_reason(target: Target, tokens: Sequence[int], prompt: Sequence[int], settings: DecodeSettings) -> str:
-    """Return why an answer ended: ``eos``, ``length`` or ``context``."""
-    if tokens[-1] in (target.eos_ids if settings.eos_ids is None else settings.eos_ids):
-        return "eos"
-    room = end_of_answer(target, prompt, settings) - len(prompt)
-    return "length" if room == settings.max_new_tokens else "context"
 
 
 @torch.inference_mode()
@@ -149,7 +141,7 @@ def hf_generate(
     tokens = output[0, len(prompt) :].tolist()
     return Generation(
         token_ids=tokens,
-        stop_reason=stop_reason(target, tokens, prompt, settings),
+        stop_reason=str(Ending.of(target, prompt, settings).reason(output.shape[1], tokens[-1])),
         prefill_s=clock.times[0] - started,
         decode_s=clock.times[-1] - clock.times[0],
     )

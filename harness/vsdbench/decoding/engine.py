@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vsdbench.decoding.ending import Ending
 from vsdbench.decoding.interfaces import (
     Drafted,
     Drafter,
@@ -83,21 +84,6 @@ class Autoregressive:
         """Nothing to learn."""
 
 
-def end_of_answer(target: Target, prompt: Sequence[int], settings: DecodeSettings) -> int:
-    """Return the length of prompt and answer together at which decoding stops, whatever the tokens are.
-
-    Raises:
-        ConfigError: Not one token of an answer fits.
-    """
-    if len(prompt) >= target.max_positions:
-        raise ConfigError(
-            f"The prompt has {len(prompt)} tokens and the target holds {target.max_positions}: shorten the prompt."
-        )
-    if settings.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {settings.max_new_tokens}: it must be at least 1.")
-    return min(len(prompt) + settings.max_new_tokens, target.max_positions)
-
-
 @dataclass(slots=True, eq=False)
 class _Sequence:
     """One answer on its way."""
@@ -106,8 +92,7 @@ class _Sequence:
     state: SequenceState
     drafter: Drafter
     settings: DecodeSettings
-    end: int
-    eos_ids: frozenset[int]
+    ending: Ending
     generator: torch.Generator
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -129,7 +114,7 @@ class _Sequence:
         )
         drafts = tree.tokens.tolist()
         tokens = [*(drafts[node] for node in verdict.path), verdict.next_token]
-        tokens = _cut(tokens, self.end - len(state.tokens), self.eos_ids)
+        tokens = self.ending.cut(tokens, len(state.tokens))
         return verdict.path[: len(tokens)], tokens
 
     def note(
@@ -159,11 +144,9 @@ class _Sequence:
 
     def generation(self) -> Generation:
         """Return the finished answer."""
-        num_prompt = len(self.state.prompt)
-        cut_short = self.stop == "length" and self.end < num_prompt + self.settings.max_new_tokens
         return Generation(
-            token_ids=self.state.tokens[num_prompt:],
-            stop_reason="context" if cut_short else str(self.stop),
+            token_ids=self.state.tokens[len(self.state.prompt) :],
+            stop_reason=str(self.stop),
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
             steps=self.steps,
@@ -208,10 +191,10 @@ def decode_together(
     Raises:
         ConfigError: A prompt is empty or longer than the target's context, or the target decodes one at a time.
     """
-    ends = [end_of_answer(target, prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
-    max_length = max(end + own.shape.budget + 1 for end, own in zip(ends, settings, strict=True))
+    endings = [Ending.of(target, prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
+    max_length = max(ending.length + own.shape.budget + 1 for ending, own in zip(endings, settings, strict=True))
     together = Together(target, len(drafters), max_length)
-    waiting = list(zip(range(len(prompts)), prompts, settings, ends, strict=True))[::-1]
+    waiting = list(zip(range(len(prompts)), prompts, settings, endings, strict=True))[::-1]
     free = list(drafters)[::-1]
     live: list[_Sequence] = []
     done: dict[int, Generation] = {}
@@ -237,7 +220,7 @@ def decode_together(
         # 4. Commit. A path that ran past the end was cut with its tokens, so the counts are of tokens that exist.
         for sequence, (path, tokens) in zip(live, verdicts, strict=True):
             sequence.state.commit(path[: len(tokens) - 1], tokens)
-            sequence.stop = _stop_reason(sequence.state.tokens, sequence.end, tokens, sequence.eos_ids)
+            sequence.stop = sequence.ending.reason(len(sequence.state.tokens), tokens[-1])
         committed = time.perf_counter()
         for sequence, (path, _), output in zip(live, verdicts, outputs, strict=True):
             if sequence.stop is None:
@@ -271,12 +254,11 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
     index: int,
     prompt: Sequence[int],
     settings: DecodeSettings,
-    end: int,
+    ending: Ending,
     max_length: int,
 ) -> _Sequence:
     """Return a sequence with its first token."""
     device = together.target.device
-    eos_ids = together.target.eos_ids if settings.eos_ids is None else settings.eos_ids
     synchronize(device)
     started = time.perf_counter()
     state = together.prefill(prompt)
@@ -286,13 +268,13 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
             f"{str(together.target.dtype).removeprefix('torch.')}: use --dtype bf16 or fp32."
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    sequence = _Sequence(index, state, drafter, settings, end, eos_ids, generator)
+    sequence = _Sequence(index, state, drafter, settings, ending, generator)
     _, first = sequence.judge(empty_tree(device), state.next_logits[None])
     state.tokens += first
     drafter.begin(state, max_length)
     synchronize(device)
     sequence.prefill_s = time.perf_counter() - started
-    sequence.stop = _stop_reason(state.tokens, end, first, eos_ids)
+    sequence.stop = ending.reason(len(state.tokens), first[-1])
     return sequence
 
 
@@ -311,24 +293,3 @@ def _propose(sequences: Sequence[_Sequence]) -> list[TokenTree]:
         )
         for sequence in sequences
     ]
-
-
-def _cut(tokens: list[int], room: int, eos_ids: frozenset[int]) -> list[int]:
-    """Return the tokens up to the first end-of-answer token (included) and the length limit.
-
-    >>> _cut([5, 6, 2, 7], room=9, eos_ids=frozenset({2}))
-    [5, 6, 2]
-    >>> _cut([5, 6, 2, 7], room=2, eos_ids=frozenset({2}))
-    [5, 6]
-    """
-    tokens = tokens[:room]
-    for index, token in enumerate(tokens):
-        if token in eos_ids:
-            return tokens[: index + 1]
-    return tokens
-
-
-def _stop_reason(tokens: list[int], end: int, new: list[int], eos_ids: frozenset[int]) -> str | None:
-    if new[-1] in eos_ids:
-        return "eos"
-    return "length" if len(tokens) >= end else None

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.utils import logging
 
-from vsdbench.decoding.baseline import Clock, generation_config, keyed_processors, only, stop_reason
+from vsdbench.decoding.baseline import Clock, generation_config, keyed_processors, only
+from vsdbench.decoding.ending import Ending
 from vsdbench.decoding.interfaces import Generation, StepRecord
 from vsdbench.errors import ConfigError, did_you_mean
 from vsdbench.models.device import synchronize
@@ -162,7 +163,7 @@ def _generate(
         steps.insert(0, StepRecord(nodes, nodes, min(emitted - 1, nodes), emitted, draft_ms, 0.0, 0.0))
     return Generation(
         token_ids=tokens,
-        stop_reason=stop_reason(target, tokens, prompt, settings),
+        stop_reason=str(Ending.of(target, prompt, settings).reason(output.shape[1], tokens[-1])),
         prefill_s=prefill_s,
         decode_s=clock.times[-1] - started - prefill_s,
         steps=steps,
