@@ -10,7 +10,8 @@ import torch
 from scipy.stats import chisquare
 
 from vsdbench.decoding.interfaces import TreeShape
-from vsdbench.decoding.tree import ancestor_mask, empty_tree, fixed_topology, grow
+from vsdbench.decoding.structure import ancestor_mask
+from vsdbench.decoding.tree import empty_tree, fixed_topology, grow
 
 DRAFT_VOCAB = 6
 FIXED = ["chain", "static", "sampled"]
@@ -42,7 +43,7 @@ class TableScorer:
     def level(self, tokens, parent_slots, depth):
         assert len(tokens) == len(parent_slots) > 0
         new = []
-        for token, slot in zip(tokens.tolist(), parent_slots, strict=True):
+        for token, slot in zip(tokens.tolist(), parent_slots.tolist(), strict=True):
             assert -1 <= slot < len(self.paths)  # a parent took its slot in an earlier level
             parent = self.paths[slot] if slot >= 0 else ()
             assert len(parent) == depth - 1

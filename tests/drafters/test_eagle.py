@@ -119,7 +119,7 @@ def test_drafting_a_chain_computes_what_training_time_test_does(model, sequence,
     growth = Growth(begun(model, ids, features, slot + 1))
     torch.testing.assert_close(growth.root(), expected[0], **CLOSE)
     for depth in (1, 2, 3):
-        scored = growth.level(torch.tensor([ids[slot + 1 + depth]]), [depth - 2], depth)
+        scored = growth.level(torch.tensor([ids[slot + 1 + depth]]), torch.tensor([depth - 2]), depth)
         torch.testing.assert_close(scored[0], expected[depth], **CLOSE)
 
 
@@ -129,8 +129,8 @@ def test_branches_of_a_tree_are_chains_of_their_own(model, sequence):
     slot = 5
     growth = Growth(begun(model, ids, features, slot + 1))
     tokens, below = [7, 11, 30], [(2, 9), (0, 9), (0, 12)]
-    level1 = growth.level(torch.tensor(tokens), [-1, -1, -1], 1)
-    level2 = growth.level(torch.tensor([token for _, token in below]), [parent for parent, _ in below], 2)
+    level1 = growth.level(torch.tensor(tokens), torch.tensor([-1, -1, -1]), 1)
+    level2 = growth.level(torch.tensor([token for _, token in below]), torch.tensor([parent for parent, _ in below]), 2)
     for line, (parent, token) in enumerate(below):
         path = [*ids[: slot + 2], tokens[parent], token, 3, 3]
         states = torch.cat([features[: slot + 1], torch.zeros(len(path) - slot - 1, features.shape[1])])
@@ -268,7 +268,7 @@ def test_a_foreign_checkpoint_with_embeddings_and_no_vocabulary(tmp_path, toy_ta
     with torch.inference_mode():
         growth = Growth(begun(loaded, ids, features, 7))
         torch.testing.assert_close(growth.root(), log_probs(loaded, expected[0]), **CLOSE)
-        scored = growth.level(torch.tensor([ids[8]]), [-1], 1)
+        scored = growth.level(torch.tensor([ids[8]]), torch.tensor([-1]), 1)
         torch.testing.assert_close(scored[0], log_probs(loaded, expected[1]), **CLOSE)
 
 

@@ -42,6 +42,9 @@ class State:
     def __init__(self, tokens, features):
         self.tokens, self.features = tokens, features
 
+    def last_tokens(self, count):
+        return torch.tensor(self.tokens[-count:])
+
 
 @pytest.fixture
 def sequence(toy_target, toy_sequences):
@@ -78,7 +81,7 @@ def test_drafting_computes_what_training_time_test_does(model, sequence, slot):
     torch.testing.assert_close(growth.root(), expected[0][slot], rtol=1e-4, atol=1e-5)
     for depth in (1, 2, 3):
         token = torch.tensor([ids[slot + 1 + depth]])
-        scored = growth.level(token, [depth - 2], depth)
+        scored = growth.level(token, torch.tensor([depth - 2]), depth)
         torch.testing.assert_close(scored[0], expected[depth][slot], rtol=1e-4, atol=1e-5)
 
 
@@ -88,13 +91,15 @@ def test_branches_of_a_tree_do_not_see_each_other(model, sequence):
     tokens = torch.tensor([7, 11, 30])
     drafter = begun(model, ids, features, 6)
     growth = Growth(drafter)
-    level1 = growth.level(tokens, [-1, -1, -1], 1)
-    level2 = growth.level(torch.tensor([9, 9]), [2, 0], 2)
+    level1 = growth.level(tokens, torch.tensor([-1, -1, -1]), 1)
+    level2 = growth.level(torch.tensor([9, 9]), torch.tensor([2, 0]), 2)
     for line, token in enumerate(tokens.tolist()):
         alone = Growth(drafter)
-        torch.testing.assert_close(alone.level(torch.tensor([token]), [-1], 1)[0], level1[line], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            alone.level(torch.tensor([token]), torch.tensor([-1]), 1)[0], level1[line], rtol=1e-4, atol=1e-5
+        )
         if token in {30, 7}:
-            own = alone.level(torch.tensor([9]), [0], 2)[0]
+            own = alone.level(torch.tensor([9]), torch.tensor([0]), 2)[0]
             torch.testing.assert_close(own, level2[0 if token == 30 else 1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(level2[0], level2[1], atol=1e-3)
 
@@ -104,7 +109,7 @@ def test_committing_step_by_step_is_beginning_anew(model, sequence):
     ids, features = sequence
     drafter = begun(model, ids, features, 5)
     growth = Growth(drafter)
-    growth.level(torch.tensor([40, 41]), [-1, -1], 1)  # rejected nodes leave no trace
+    growth.level(torch.tensor([40, 41]), torch.tensor([-1, -1]), 1)  # rejected nodes leave no trace
     drafter.commit(State(ids[:9], None), 2, features[5:8])
     drafter.commit(State(ids[:10], None), 0, features[8:9])
     shape = TreeShape(kind="chain", budget=1, depth=1, top_k=1)

@@ -116,7 +116,7 @@ def test_drafting_computes_what_training_does(model, sequence):
     drafter = MedusaDrafter(model, dtype=torch.float32)
     drafter.begin(State(ids[:7], features[:6]), 64)  # the root is token 6, predicted from slot 5
     torch.testing.assert_close(drafter.root(), expected[0][5], **CLOSE)
-    level = drafter.level(torch.tensor([9, 30]), [-1, -1], 1)
+    level = drafter.level(torch.tensor([9, 30]), torch.tensor([-1, -1]), 1)
     torch.testing.assert_close(level, expected[1][5].expand(2, -1), **CLOSE)
     drafter.commit(State(ids[:10], None), 2, features[6:9])
     torch.testing.assert_close(drafter.root(), expected[0][8], **CLOSE)
@@ -224,7 +224,7 @@ def test_a_foreign_checkpoint_with_a_whole_vocabulary_and_no_config(tmp_path, to
     expected = torch.log_softmax(plain_heads(tensors, feature, 1), dim=-1)
     with torch.inference_mode():
         torch.testing.assert_close(drafter.root(), expected[0], **CLOSE)
-        torch.testing.assert_close(drafter.level(torch.tensor([5]), [1], 2)[0], expected[2], **CLOSE)
+        torch.testing.assert_close(drafter.level(torch.tensor([5]), torch.tensor([1]), 2)[0], expected[2], **CLOSE)
 
 
 def _damage(change):

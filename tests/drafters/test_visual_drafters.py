@@ -77,6 +77,9 @@ class State:
             self.embeddings = torch.full((length, features.shape[1] // 4), 9.0)  # words are looked up, not read here
             self.embeddings[self.image_mask] = images.embeddings[: int(self.image_mask.sum())]
 
+    def last_tokens(self, count):
+        return torch.tensor(self.tokens[-count:])
+
 
 def trained(model, sequence, num_steps, prompt_len=PROMPT_LEN):
     """Normed outputs of the training-time test by slot."""
@@ -175,7 +178,7 @@ def test_drafting_computes_what_training_does(model, sequence, slot):
     growth = Growth(begun(model, sequence, slot + 1))
     torch.testing.assert_close(growth.root(), log_probs(model, expected[0]), **CLOSE)
     for depth in (1, 2):
-        scored = growth.level(torch.tensor([ids[slot + 1 + depth]]), [depth - 2], depth)
+        scored = growth.level(torch.tensor([ids[slot + 1 + depth]]), torch.tensor([depth - 2]), depth)
         torch.testing.assert_close(scored[0], log_probs(model, expected[depth]), **CLOSE)
 
 

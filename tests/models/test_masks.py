@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.decoding.tiny import random_tree
 
-from vsdbench.decoding.tree import ancestor_mask
+from vsdbench.decoding.structure import ancestor_mask
 from vsdbench.models.masks import ContextMask, Masks
 
 CPU = torch.device("cpu")

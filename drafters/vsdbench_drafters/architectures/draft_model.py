@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
+from vsdbench.decoding.structure import Ancestry
 from vsdbench.decoding.tree import grow
 from vsdbench.errors import ConfigError
+from vsdbench.models.device import send_numbers
 from vsdbench.models.draft_model import load_draft_model
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import PreallocatedCache
@@ -71,8 +73,8 @@ class DraftModelDrafter:
         assert self._cache is not None
         self._root_logits = self._read(state.tokens[self._cache.length :])
         self._base = self._cache.length
-        self._parents: list[int] = []
-        self._depths: list[int] = []
+        self._ancestry = Ancestry(self.model.device)
+        self._positions = torch.arange(self._base, device=self.model.device)  # of all keys
         tree = grow(self, shape, temperature=temperature, generator=generator)
         self._cache.length = self._base
         return tree
@@ -86,7 +88,7 @@ class DraftModelDrafter:
         positions = torch.arange(cache.length, stop, device=device)
         keys = torch.arange(stop, device=device)
         visible = positions[:, None] >= keys[None, :]
-        ids = torch.tensor(list(tokens), device=device)
+        ids = send_numbers(tokens, device)
         logits = self.model.forward(
             ids, positions, visible, keys, cache, logits_to_keep=1, position_offset=self._position_offset
         )
@@ -99,26 +101,18 @@ class DraftModelDrafter:
         """Return ``[V]`` log-probabilities of the root's children."""
         return self._log_probs(self._root_logits)
 
-    def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:
+    def level(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> Tensor:
         """Return ``[M, V]`` log-probabilities of the children of M nodes, whose keys become scratch rows."""
         cache = self._cache
         assert cache is not None
-        device = self.model.device
-        first = len(self._parents)
-        self._parents += parent_slots
-        self._depths += [depth] * len(parent_slots)
-        visible = torch.zeros(len(parent_slots), self._base + len(self._parents), dtype=torch.bool, device=device)
-        visible[:, : self._base] = True
-        for row, slot in enumerate(range(first, len(self._parents))):
-            ancestor = slot
-            while ancestor >= 0:
-                visible[row, self._base + ancestor] = True
-                ancestor = self._parents[ancestor]
+        count, cache.length = len(tokens), len(self._positions)
         # The root stands at base - 1, a node of depth d at base - 1 + d.
-        positions = torch.full((len(parent_slots),), self._base - 1 + depth, device=device)
-        scratch = torch.tensor(self._depths, device=device) + self._base - 1
-        keys = torch.cat([torch.arange(self._base, device=device), scratch])
-        cache.length = self._base + first
+        positions = self._positions.new_full((count,), self._base - 1 + depth)
+        keys = self._positions = torch.cat([self._positions, positions])
+        visible = torch.ones(count, len(keys), dtype=torch.bool, device=keys.device)
+        seen = self._ancestry.add(parent_slots)
+        if seen is not None:
+            visible[:, self._base :] = seen
         logits = self.model.forward(tokens, positions, visible, keys, cache, position_offset=self._position_offset)
         return self._log_probs(logits.float())
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -275,7 +274,7 @@ class MedusaDrafter:
         """Return ``[Vd]`` log-probabilities of the root's children."""
         return self._log_probs(0)
 
-    def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:  # noqa: ARG002 - see above
+    def level(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> Tensor:  # noqa: ARG002 - see above
         """Return ``[M, Vd]`` log-probabilities of the children of M nodes."""
         return self._log_probs(depth).expand(len(tokens), -1)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
 from vsdbench.errors import ConfigError
+from vsdbench.models.device import send_numbers
 
 _LOOKED_AT = 256
 """Occurrences of one ending that are looked at, so that a step in a long text costs no more than in a short one."""
@@ -91,7 +92,7 @@ class NgramDrafter:
                 parent = node
             taken += len(found) > before
         device = state.next_logits.device
-        nodes = torch.tensor(found, dtype=torch.int64, device=device)
+        nodes = send_numbers(found, device)
         return TokenTree(nodes, parents, depths, torch.zeros(len(found), device=device), has_probs=False)
 
     def _matches(self, tokens: list[int]) -> Iterator[int]:

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsdbench.decoding.structure import Ancestry
 from vsdbench.decoding.tree import empty_tree, grow
+from vsdbench.models.device import send_numbers
 from vsdbench.models.masks import ContextMask
 from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.layers import apply_rotary, rotary
@@ -228,7 +230,7 @@ class OneLayerDrafter:
         self.layer.reserve(max_length + _SPARE_ROWS)
         self.layer.forget()
         self._committed, self._skipped, self._pending = 0, 0, []
-        following = torch.tensor(state.tokens[1:], dtype=torch.int64, device=self.layer.device)
+        following = send_numbers(state.tokens[1:], self.layer.device)
         features = state.features
         image_mask: Tensor | None = getattr(state, "image_mask", None)  # a target that cannot see has neither
         seen: Tensor | None = getattr(state, "embeddings", None)
@@ -282,8 +284,7 @@ class OneLayerDrafter:
     @torch.inference_mode()
     def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
         """Queue the new pairs of feature and following token; the next proposal's first forward takes them in."""
-        tokens = torch.tensor(state.tokens[-(num_accepted + 1) :], dtype=torch.int64, device=self.layer.device)
-        self._pending.append((features, tokens))
+        self._pending.append((features, state.last_tokens(num_accepted + 1)))
 
     def _absorb(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Append committed slots to the cache; return their ``[n, H]`` outputs."""
@@ -341,30 +342,29 @@ class Growth:
         self._d2t = drafter.d2t
         self._root = drafter._root_log_probs  # noqa: SLF001 - one unit with its drafter
         self._hidden = drafter._root_hidden  # noqa: SLF001 - row s + 1 is slot s
-        self._ancestors: list[tuple[int, ...]] = []
+        self._ancestry = Ancestry(self._d2t.device)
+        self._num_nodes = 0
 
     def root(self) -> Tensor:
         """Return ``[Vd]`` log-probabilities of the root's children."""
         return self._root
 
-    def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:
+    def level(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> Tensor:
         """Return ``[M, Vd]`` log-probabilities of the children of M nodes."""
         output = self._layer.forward(*self.rows(tokens, parent_slots, depth))
         self.learn(output)
         return self._layer.log_probs(output)
 
-    def rows(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> LayerRows:
+    def rows(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> LayerRows:
         """Return the rows of M nodes."""
-        first, count = len(self._ancestors), len(parent_slots)
-        for slot, parent in enumerate(parent_slots, start=first):
-            self._ancestors.append((*(self._ancestors[parent] if parent >= 0 else ()), slot))
-        if first == 0:  # all are children of the root
-            hidden = self._hidden.expand(count, -1)
+        if self._num_nodes == 0:  # all are children of the root
+            hidden = self._hidden.expand(len(tokens), -1)
         else:
-            hidden = self._hidden[torch.tensor(parent_slots, device=tokens.device) + 1]
-        position = self._num_slots - 1 + depth
-        row = self._committed + first
-        return LayerRows(hidden, tokens, slice(position, position + 1), row, self._hide(first, count))
+            hidden = self._hidden.index_select(0, parent_slots + 1)
+        position, row = self._num_slots - 1 + depth, self._committed + self._num_nodes
+        self._num_nodes += len(tokens)
+        seen = self._ancestry.add(parent_slots)
+        return LayerRows(hidden, tokens, slice(position, position + 1), row, None if seen is None else ~seen)
 
     def learn(self, output: Tensor) -> None:
         """Take the ``[M, H]`` outputs at the newest nodes."""
@@ -373,14 +373,3 @@ class Growth:
     def to_target(self, ids: Tensor) -> Tensor:
         """Map draft-vocabulary ids to target ids."""
         return ids + self._d2t[ids]
-
-    def _hide(self, first: int, count: int) -> Tensor | None:
-        """Return ``[count, first + count]`` bool: nodes that are no ancestors are hidden."""
-        total = first + count
-        lines = [[True] * total for _ in range(count)]
-        for line, ancestors in zip(lines, self._ancestors[first:], strict=True):
-            for slot in ancestors:
-                line[slot] = False
-        if not any(map(any, lines)):
-            return None
-        return torch.tensor(lines, device=self._d2t.device)

@@ -149,6 +149,10 @@ class _Seen:
         self.image_mask = other.image_mask
         self._state = state
 
-    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Commit in the sequence itself."""
-        self._state.commit(path, tokens)
+        return self._state.commit(path, tokens)
+
+    def last_tokens(self, count: int) -> Tensor:
+        """Return those of the sequence itself."""
+        return self._state.last_tokens(count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -26,11 +26,11 @@ from vsdbench.decoding.interfaces import (
     TreeShape,
     VerifyRule,
 )
-from vsdbench.decoding.sampling import SamplingParams
+from vsdbench.decoding.sampling import KeyedWaits, SamplingParams
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.decoding.verify import verify
+from vsdbench.decoding.verify import Case
 from vsdbench.errors import ConfigError
-from vsdbench.models.device import synchronize
+from vsdbench.models.device import Mark, fetch, mark, seconds_between, synchronize
 from vsdbench.models.together import Together
 
 if TYPE_CHECKING:
@@ -84,6 +84,21 @@ class Autoregressive:
         """Nothing to learn."""
 
 
+class _Lap(NamedTuple):
+    """The moments of a step: its beginning, and the ends of drafting, scoring, deciding, and telling the drafters."""
+
+    began: Mark
+    drafted: Mark
+    scored: Mark
+    committed: Mark
+    ended: Mark
+
+    def seconds(self) -> tuple[float, float, float]:
+        """Return seconds of drafting, verification and the rest."""
+        drafting = seconds_between(self.began, self.drafted) + seconds_between(self.committed, self.ended)
+        return drafting, seconds_between(self.drafted, self.scored), seconds_between(self.scored, self.committed)
+
+
 @dataclass(slots=True, eq=False)
 class _Sequence:
     """One answer on its way."""
@@ -94,56 +109,41 @@ class _Sequence:
     settings: DecodeSettings
     ending: Ending
     generator: torch.Generator
+    waits: KeyedWaits
     prefill_s: float = 0.0
     decode_s: float = 0.0
     stop: str | None = None
     steps: list[StepRecord] = field(default_factory=list)
+    laps: list[_Lap] = field(default_factory=list)
     kept: list[Drafted] = field(default_factory=list)
 
-    def judge(self, tree: TokenTree, logits: Tensor) -> tuple[list[int], list[int]]:
+    def case(self, tree: TokenTree, logits: Tensor) -> Case:
+        """Return what is to be decided about a tree."""
+        settings, position = self.settings, len(self.state.tokens)
+        return Case(settings.rule, tree, logits, params=settings.sampling, waits=self.waits, position=position)
+
+    def judge(self, case: Case, shown: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         """Return the accepted path and the tokens to commit, cut at the end of the answer."""
-        settings, state = self.settings, self.state
-        verdict = verify(
-            settings.rule,
-            tree,
-            logits,
-            params=settings.sampling,
-            seed=settings.seed,
-            position=len(state.tokens),
-            generator=self.generator,
-        )
-        drafts = tree.tokens.tolist()
+        verdict = case.decide(shown, self.generator)
+        drafts = shown[0].tolist()
         tokens = [*(drafts[node] for node in verdict.path), verdict.next_token]
-        tokens = self.ending.cut(tokens, len(state.tokens))
+        tokens = self.ending.cut(tokens, len(self.state.tokens))
         return verdict.path[: len(tokens)], tokens
 
-    def note(
-        self,
-        tree: TokenTree,
-        path: list[int],
-        num_emitted: int,
-        times: tuple[float, float, float],
-        num_sequences: int,
-    ) -> None:
-        """Add a step; ``times`` are seconds of drafting, verification and the rest."""
-        self.decode_s += sum(times)
-        self.steps.append(
-            StepRecord(
-                num_nodes=len(tree),
-                depth=max(tree.depths, default=0),
-                num_accepted=len(path),
-                num_emitted=num_emitted,
-                draft_ms=1e3 * times[0],
-                verify_ms=1e3 * times[1],
-                other_ms=1e3 * times[2],
-                num_sequences=num_sequences,
-            )
-        )
+    def note(self, tree: TokenTree, path: list[int], num_emitted: int, lap: _Lap, num_sequences: int) -> None:
+        """Add a step, whose times are read when the answer is done: on a device they are not over yet."""
+        depth = max(tree.depths, default=0)
+        self.steps.append(StepRecord(len(tree), depth, len(path), num_emitted, 0.0, 0.0, 0.0, num_sequences))
+        self.laps.append(lap)
         # References only, and not to draft_probs, which may be large; the counting waits until the answer is done.
         self.kept.append(Drafted(tree.parents, tree.log_probs, path, tree.has_probs, tree.draft_probs is not None))
 
     def generation(self) -> Generation:
         """Return the finished answer."""
+        for step, lap in zip(self.steps, self.laps, strict=True):
+            draft_s, verify_s, other_s = lap.seconds()
+            self.decode_s += draft_s + verify_s + other_s
+            step.draft_ms, step.verify_ms, step.other_ms = 1e3 * draft_s, 1e3 * verify_s, 1e3 * other_s
         return Generation(
             token_ids=self.state.tokens[len(self.state.prompt) :],
             stop_reason=str(self.stop),
@@ -198,40 +198,39 @@ def decode_together(
     free = list(drafters)[::-1]
     live: list[_Sequence] = []
     done: dict[int, Generation] = {}
-    now = 0.0
+    device = target.device
+    now = mark(device)
     while waiting or live:
         # 0. Prefill what there is room for: the prompt through target and drafter, and the first token.
         while waiting and free:
             live.append(_begin(together, free.pop(), *waiting.pop(), max_length))
             live = _retire(live, together, free, done)
-            now = time.perf_counter()
+            now = mark(device)
         if not live:
             break
         # 1. Draft a tree under the last committed token of each.
         trees = _propose(live)
-        synchronize(target.device)
-        drafted = time.perf_counter()
+        drafted = mark(device)
         # 2. One target forward over all trees.
         outputs = together.forward_trees([sequence.state for sequence in live], trees)
-        synchronize(target.device)
-        scored = time.perf_counter()
-        # 3. Decide what is kept, and cut it at the end of the answer.
-        verdicts = [s.judge(tree, output.logits) for s, tree, output in zip(live, trees, outputs, strict=True)]
+        scored = mark(device)
+        # 3. Decide what is kept, and cut it at the end of the answer. Here, and only here, a device is waited for.
+        verdicts = _judge(
+            live, [s.case(tree, output.logits) for s, tree, output in zip(live, trees, outputs, strict=True)]
+        )
         # 4. Commit. A path that ran past the end was cut with its tokens, so the counts are of tokens that exist.
+        kept = []
         for sequence, (path, tokens) in zip(live, verdicts, strict=True):
-            sequence.state.commit(path[: len(tokens) - 1], tokens)
+            kept.append(sequence.state.commit(path[: len(tokens) - 1], tokens))
             sequence.stop = sequence.ending.reason(len(sequence.state.tokens), tokens[-1])
-        committed = time.perf_counter()
-        for sequence, (path, _), output in zip(live, verdicts, outputs, strict=True):
+        committed = mark(device)
+        for sequence, (path, _), rows, output in zip(live, verdicts, kept, outputs, strict=True):
             if sequence.stop is None:
-                features = output.features[[0, *(node + 1 for node in path)]]
-                sequence.drafter.commit(sequence.state, len(path), features)
-        synchronize(target.device)
-        ended = time.perf_counter()
-        times = drafted - now + ended - committed, scored - drafted, committed - scored
-        now = ended
+                sequence.drafter.commit(sequence.state, len(path), output.features.index_select(0, rows))
+        lap = _Lap(now, drafted, scored, committed, mark(device))
+        now = lap.ended
         for sequence, tree, (path, tokens) in zip(live, trees, verdicts, strict=True):
-            sequence.note(tree, path, len(tokens), times, len(live))
+            sequence.note(tree, path, len(tokens), lap, len(live))
         live = _retire(live, together, free, done)
     return [done[index] for index in range(len(prompts))]
 
@@ -268,14 +267,22 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
             f"{str(together.target.dtype).removeprefix('torch.')}: use --dtype bf16 or fp32."
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    sequence = _Sequence(index, state, drafter, settings, ending, generator)
-    _, first = sequence.judge(empty_tree(device), state.next_logits[None])
+    sequence = _Sequence(index, state, drafter, settings, ending, generator, KeyedWaits(settings.seed))
+    [(_, first)] = _judge([sequence], [sequence.case(empty_tree(device), state.next_logits[None])])
     state.tokens += first
     drafter.begin(state, max_length)
     synchronize(device)
     sequence.prefill_s = time.perf_counter() - started
     sequence.stop = ending.reason(len(state.tokens), first[-1])
     return sequence
+
+
+def _judge(sequences: Sequence[_Sequence], cases: Sequence[Case]) -> list[tuple[list[int], list[int]]]:
+    """Return accepted path and tokens to commit of each, with one transfer for all of them."""
+    shown = iter(fetch([tensor for case in cases for tensor in case.asked]))
+    return [
+        sequence.judge(case, [next(shown) for _ in case.asked]) for sequence, case in zip(sequences, cases, strict=True)
+    ]
 
 
 def _propose(sequences: Sequence[_Sequence]) -> list[TokenTree]:

@@ -51,8 +51,10 @@ class TokenTree:
     Attributes:
         tokens: ``[N]`` int64, ids in the target's vocabulary.
         parents: Length N; ``parents[i]`` is -1 (the root) or a node index smaller than ``i``. Children of one parent
-            are listed in the order in which verification must try them (the order in which they were drawn).
-        depths: Length N; 1 for a child of the root.
+            are listed in the order in which verification must try them (the order in which they were drawn). A tuple
+            where the shape will come again, so that what is made of it is kept; ``structure.Numbers`` where a device
+            made it.
+        depths: Length N; 1 for a child of the root. Of the same kind.
         log_probs: ``[N]`` float32, the drafter's log-probability of each token given its parent's path.
         draft_probs: ``[N + 1, V]`` float32 or None. Row ``r`` is the full draft distribution from which the children
             of row ``r`` were drawn without replacement (zeros for leaves). None: children were chosen
@@ -116,13 +118,19 @@ class TargetState(Protocol):
     image_mask: Tensor | None
     """``[L]`` bool, which of the prompt's tokens stand for images; None for text alone."""
 
-    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Keep the root and the accepted nodes of the last forward in the cache and drop the rest.
 
         Args:
             path: Accepted node indices.
             tokens: Their ids, and the id of the token that follows them: the next root.
+
+        Returns:
+            ``[A + 1]`` int64, the rows that were kept, on the target's device.
         """
+
+    def last_tokens(self, count: int) -> Tensor:
+        """Return ``[count]`` int64, the last of ``tokens`` on the target's device: no copy where they are there."""
 
 
 class Drafter(Protocol):

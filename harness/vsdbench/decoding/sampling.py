@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vsdbench.models.device import send
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -132,9 +134,40 @@ def coupled_token(probs: Tensor, seed: int, position: int) -> int:
     """
     speeds = probs.to("cpu", torch.float64).numpy() / keyed_waits(seed, position, len(probs))
     token = int(speeds.argmax())
-    if not (math.isfinite(speeds[token]) and speeds[token] > 0):
-        raise ValueError(f"the largest probability is {float(probs.max())}; no token can be drawn from them.")
+    return winner(token, float(speeds[token]))
+
+
+def winner(token: int, speed: float) -> int:
+    """Return the token that has won a race with this speed, its probability by its waiting time.
+
+    Raises:
+        ValueError: It is no speed: the probabilities are not numbers, or are all 0.
+    """
+    if not (math.isfinite(speed) and speed > 0):
+        raise ValueError(f"the largest probability by its waiting time is {speed}; no token can be drawn from them.")
     return token
+
+
+class KeyedWaits:
+    """``keyed_waits`` on a device, kept from step to step: what a step looks ahead to, the next one needs.
+
+    Attributes:
+        seed: See ``keyed_waits``.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._held: dict[int, Tensor] = {}
+
+    def ahead(self, first: int, count: int, size: int, device: torch.device) -> Tensor:
+        """Return ``[count, size]`` float64, the waiting times of ``count`` positions from ``first`` on."""
+
+        def of(position: int) -> Tensor:
+            held = self._held.get(position)
+            return send(torch.from_numpy(keyed_waits(self.seed, position, size)), device) if held is None else held
+
+        self._held = {position: of(position) for position in range(first, first + count)}
+        return torch.stack(list(self._held.values()))
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:

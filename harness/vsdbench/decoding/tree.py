@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree, TreeShape
+from vsdbench.decoding.structure import Numbers
+from vsdbench.models.device import apart, send, send_numbers
 
 
 class LevelScorer(Protocol):
@@ -33,12 +35,13 @@ class LevelScorer(Protocol):
     def root(self) -> Tensor:
         """Return ``[Vd]`` float32 log-probabilities of the root's children."""
 
-    def level(self, tokens: Tensor, parent_slots: Sequence[int], depth: int) -> Tensor:
+    def level(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> Tensor:
         """Return ``[M, Vd]`` float32 log-probabilities of the children of M nodes.
 
         Args:
             tokens: ``[M]`` int64 target ids of the nodes.
-            parent_slots: Length M; the slots of their parents.
+            parent_slots: ``[M]`` int64, the slots of their parents, on the drafter's device: reading them there would
+                make the host wait (``structure.Ancestry`` makes masks of them).
             depth: Depth of these nodes (1 for the root's children).
         """
 
@@ -85,7 +88,7 @@ class Level(NamedTuple):
     """What ``LevelScorer.level`` is asked for, as one value."""
 
     tokens: Tensor
-    parent_slots: Sequence[int]
+    parent_slots: Tensor
     depth: int
 
 
@@ -128,7 +131,7 @@ def growth(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generat
         shape = replace(shape, top_k=root.shape[-1])
     if shape.kind == "dynamic":
         return _grow_dynamic(scorer, root, shape)
-    walk = _TopologyWalk(root, fixed_topology(shape))
+    walk = _TopologyWalk(root, shape)
     if shape.kind == "sampled":
         return _grow_sampled(scorer, walk, temperature if temperature > 0 else 1.0, generator)
     return _grow_ranked(scorer, walk)
@@ -213,29 +216,66 @@ def _grow_ranked(scorer: LevelScorer, walk: _TopologyWalk) -> Growing:
     """Fill a topology with the top-ranked children."""
     for level in walk.levels():
         log_probs = walk.root if level is None else (yield level)
-        width = max(walk.topology.num_children[row] for row in walk.rows)
-        top = log_probs.topk(width, dim=-1)
+        top = log_probs.topk(walk.at.width, dim=-1)
         walk.place(scorer.to_target(top.indices), top.values)
     return walk.tree()
 
 
 def _grow_sampled(scorer: LevelScorer, walk: _TopologyWalk, temperature: float, generator: torch.Generator) -> Growing:
     """Fill a topology with children drawn without replacement, in the order drawn (Gumbel top-k, arXiv 1903.06059)."""
-    topology = walk.topology
     draft_probs: Tensor | None = None
     for level in walk.levels():
         log_probs = walk.root if level is None else (yield level)
         tempered = torch.log_softmax(log_probs / temperature, dim=-1)
-        width = max(topology.num_children[row] for row in walk.rows)
-        uniform = torch.rand(tempered.shape, generator=generator, device=generator.device).to(tempered.device)
+        uniform = torch.rand(tempered.shape, generator=generator, device=generator.device)
+        uniform = send(uniform, tempered.device)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 2**-24)))
-        drawn = (tempered + gumbel).topk(width, dim=-1).indices
+        drawn = (tempered + gumbel).topk(walk.at.width, dim=-1).indices
         walk.place(scorer.to_target(drawn), tempered.gather(-1, drawn))
         if draft_probs is None:
-            draft_probs = tempered.new_zeros(len(topology.parents) + 1, scorer.vocab_size)
+            draft_probs = tempered.new_zeros(len(walk.topology.parents) + 1, scorer.vocab_size)
         ids = scorer.to_target(torch.arange(tempered.shape[-1], device=tempered.device))
-        draft_probs[torch.tensor(walk.rows, device=tempered.device)[:, None], ids] = tempered.exp()
+        draft_probs[walk.at.rows[:, None], ids] = tempered.exp()
     return walk.tree(draft_probs)
+
+
+class _Places(NamedTuple):
+    """What a walk over a fixed topology needs of one level, on the drafter's device.
+
+    Attributes:
+        rows: ``[R]`` rows whose children stand in the level; the root alone in the first.
+        width: Children that the rows are asked for.
+        picks: ``[M]`` where the level's nodes are among the ``R * width`` children by rank.
+        inner: ``[R]`` of the nodes of the level before, those rows.
+        parent_slots: ``[R]`` slots of their parents.
+    """
+
+    rows: Tensor
+    width: int
+    picks: Tensor
+    inner: Tensor
+    parent_slots: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _places(shape: TreeShape, device: torch.device) -> list[_Places]:
+    """Return the places of every level of a shape's fixed topology, which stay on the device."""
+    topology = fixed_topology(shape)
+    slots = {-1: -1}
+    found = []
+    for depth, level in enumerate(topology.levels):
+        above = topology.levels[depth - 1] if depth else ()
+        inner = [i for i, node in enumerate(above) if topology.num_children[node + 1]]
+        parent_slots = [slots[topology.parents[above[i]]] for i in inner]
+        for i in inner:
+            slots[above[i]] = len(slots) - 1
+        rows = [above[i] + 1 for i in inner] if depth else [0]
+        width = max(topology.num_children[row] for row in rows)
+        line = {row: i for i, row in enumerate(rows)}
+        picks = [line[topology.parents[node] + 1] * width + topology.ranks[node] for node in level]
+        there = [send_numbers(numbers, device) for numbers in (rows, picks, inner, parent_slots)]
+        found.append(_Places(there[0], width, *there[1:]))
+    return found
 
 
 class _TopologyWalk:
@@ -244,41 +284,28 @@ class _TopologyWalk:
     Attributes:
         root: ``[1, Vd]`` log-probabilities of the root's children.
         topology: The topology.
-        rows: The R rows whose children come next.
+        at: The level that comes next, whose tokens ``place`` takes.
     """
 
-    def __init__(self, root: Tensor, topology: Topology) -> None:
+    def __init__(self, root: Tensor, shape: TreeShape) -> None:
         self.root = root[None]
-        self.topology = topology
-        self.rows = [0]
-        self._slots: dict[int, int] = {-1: -1}
+        self.topology = fixed_topology(shape)
+        self._places = _places(shape, root.device)
+        self.at = self._places[0]
         self._tokens: list[Tensor] = []
         self._log_probs: list[Tensor] = []
 
     def levels(self) -> Iterator[Level | None]:
         """Yield None for the root, then the rows that have children, level by level; ``place`` comes in between."""
-        topology = self.topology
-        for done in range(len(topology.levels)):
-            if done == 0:
-                yield None
-                continue
-            level = topology.levels[done - 1]
-            inner = [i for i, node in enumerate(level) if topology.num_children[node + 1]]
-            parents = [self._slots[topology.parents[level[i]]] for i in inner]
-            for i in inner:
-                self._slots[level[i]] = len(self._slots) - 1
-            self.rows = [level[i] + 1 for i in inner]
-            yield Level(self._tokens[-1][inner], parents, done)
+        yield None
+        for depth, place in enumerate(self._places[1:], start=1):
+            self.at = place
+            yield Level(self._tokens[-1].index_select(0, self.at.inner), self.at.parent_slots, depth)
 
     def place(self, tokens: Tensor, log_probs: Tensor) -> None:
-        """Take ``[R, K]`` target ids and log-probabilities, by rank, for the rows just yielded."""
-        topology = self.topology
-        level = topology.levels[len(self._tokens)]
-        line = {row: i for i, row in enumerate(self.rows)}
-        rows = [line[topology.parents[node] + 1] for node in level]
-        ranks = [topology.ranks[node] for node in level]
-        self._tokens.append(tokens[rows, ranks])
-        self._log_probs.append(log_probs[rows, ranks])
+        """Take ``[R, width]`` target ids and log-probabilities, by rank, for the rows just yielded."""
+        self._tokens.append(tokens.flatten().index_select(0, self.at.picks))
+        self._log_probs.append(log_probs.flatten().index_select(0, self.at.picks))
 
     def tree(self, draft_probs: Tensor | None = None) -> TokenTree:
         topology = self.topology
@@ -287,62 +314,59 @@ class _TopologyWalk:
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _numbering(width: int, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return, for every node that dynamic growth may score, the slot of its parent (-1 for the root) and its depth.
+
+    >>> [numbers.tolist() for numbers in _numbering(2, 2, torch.device("cpu"))]
+    [[-1, -1, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]]
+    """
+    parent_slots = [slot for slot in range(-1, (depth - 1) * width) for _ in range(width)]
+    depths = [1] * width + [level for level in range(2, depth + 1) for _ in range(width * width)]
+    return send_numbers(parent_slots, device), send_numbers(depths, device)
+
+
 def _grow_dynamic(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> Growing:
     """Grow by cumulative log-probability, then keep the ``budget`` best nodes of all that were scored.
 
-    A node's cumulative log-probability is at most its parent's, so the kept set is always a tree. Growing stops before
-    ``depth`` when no descendant of the frontier can enter the kept set any more: the result is the same, cheaper.
+    A node's cumulative log-probability is at most its parent's, so the kept set is always a tree. On the host growing
+    stops before ``depth`` when no descendant of the frontier can enter the kept set any more: the result is the same,
+    cheaper. A device would have to be waited for to know, so all levels are grown there.
+
+    A node's index counts all that were scored, level by level: ``width`` children of the root, then ``width`` of each
+    frontier node.
     """
-    width = shape.top_k
+    width, device = shape.top_k, root.device
+    parent_slot, depth_of = _numbering(width, shape.depth, device)
     top = root.topk(width)
     tokens, cumulative, own = [scorer.to_target(top.indices)], [top.values], [top.values]
-    parents: list[int] = [-1] * width
-    depths: list[int] = [1] * width
-    frontier = list(range(width))
-    frontier_tokens = tokens[0]
-    frontier_scores = top.values
-    slots: dict[int, int] = {-1: -1}
+    frontier = torch.arange(-1, width, device=device)
+    inner = [frontier]  # the root, and all frontiers: what took slot s stands at s + 1
+    frontier, num_scored = frontier[1:], width
+    frontier_tokens, frontier_scores = tokens[0], top.values
     for depth in range(1, shape.depth):
-        scored = yield Level(frontier_tokens, [slots[parents[node]] for node in frontier], depth)
-        for node in frontier:
-            slots[node] = len(slots) - 1
+        scored = yield Level(frontier_tokens, parent_slot.index_select(0, frontier), depth)
         top = scored.topk(width, dim=-1)
         ids = scorer.to_target(top.indices).flatten()
         sums = (frontier_scores[:, None] + top.values).flatten()
-        first = len(parents)
-        parents += [node for node in frontier for _ in range(width)]
-        depths += [depth + 1] * len(ids)
         tokens.append(ids)
         cumulative.append(sums)
         own.append(top.values.flatten())
         best = sums.topk(width)
-        frontier = [first + i for i in best.indices.tolist()]
-        frontier_tokens, frontier_scores = ids[best.indices], best.values
-        if depth + 1 < shape.depth and len(parents) >= shape.budget:
+        frontier = best.indices + num_scored
+        inner.append(frontier)
+        frontier_tokens, frontier_scores = ids.index_select(0, best.indices), best.values
+        num_scored += len(ids)
+        if not apart(device) and depth + 1 < shape.depth and num_scored >= shape.budget:
             threshold = torch.cat(cumulative).topk(shape.budget).values[-1]
             if bool(frontier_scores[0] < threshold):
                 break
     # Stable descending sort: at equal scores a parent, which has the smaller index, stays before its child.
-    scores = torch.cat(cumulative)
-    kept = sorted(scores.sort(descending=True, stable=True).indices[: shape.budget].tolist())
-    new_index = {-1: -1} | {node: i for i, node in enumerate(kept)}
-    return TokenTree(
-        torch.cat(tokens)[kept],
-        [new_index[parents[node]] for node in kept],
-        [depths[node] for node in kept],
-        torch.cat(own)[kept],
-    )
-
-
-def ancestor_mask(parents: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Return ``[N + 1, N + 1]`` bool: row r may attend to row c if c is r itself, its ancestor, or the root.
-
-    >>> ancestor_mask([-1, 0, -1]).int().tolist()
-    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
-    """
-    lines = [[0] * (len(parents) + 1) for _ in range(len(parents) + 1)]
-    lines[0][0] = 1
-    for node, parent in enumerate(parents):
-        lines[node + 1] = list(lines[parent + 1])
-        lines[node + 1][node + 1] = 1
-    return torch.tensor(lines, dtype=torch.bool, device=device)
+    kept = torch.cat(cumulative).sort(descending=True, stable=True).indices[: shape.budget].sort().values
+    above = torch.cat(inner).index_select(0, parent_slot.index_select(0, kept) + 1)
+    parents = torch.searchsorted(kept, above, right=True) - 1  # -1 for the root, which is before all that were kept
+    depths = depth_of.index_select(0, kept)
+    ids, log_probs = torch.cat(tokens).index_select(0, kept), torch.cat(own).index_select(0, kept)
+    if apart(device):
+        return TokenTree(ids, Numbers(parents, shape.depth), Numbers(depths, shape.depth), log_probs)
+    return TokenTree(ids, parents.tolist(), depths.tolist(), log_probs)

@@ -8,15 +8,18 @@ Shape legend: N draft tokens, V target vocabulary. Row r of a tree is its root (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree, Verdict, VerifyRule
-from vsdbench.decoding.sampling import SamplingParams, coupled_token, inverse_cdf, target_probs
+from vsdbench.decoding.sampling import KeyedWaits, SamplingParams, coupled_token, inverse_cdf, target_probs, winner
+from vsdbench.decoding.structure import Numbers, deepest, row_depths
 from vsdbench.errors import ConfigError, did_you_mean
+from vsdbench.models.device import apart, fetch
 
 Coin: TypeAlias = Callable[[int, float], bool]
 """``coin(node, probability)`` comes up heads with that probability; a rule asks at most once about each node."""
@@ -25,27 +28,116 @@ Coin: TypeAlias = Callable[[int, float], bool]
 class Step:
     """One tree with the target's logits over it, rows turned into float64 probabilities on the host when visited.
 
-    A walk cannot know its next row before it has decided about the last, so there is one host synchronisation a
-    visited row (not one a token: the whole row is copied).
+    Args:
+        tree: The tree.
+        logits: ``[N + 1, V]``; read where there are no ``probs``.
+        params: What makes a distribution of a row of logits.
+        probs: ``[N + 1, V]`` these distributions, where all of them are on the host already.
     """
 
-    def __init__(self, tree: TokenTree, logits: Tensor, params: SamplingParams) -> None:
+    def __init__(self, tree: TokenTree, logits: Tensor, params: SamplingParams, probs: Tensor | None = None) -> None:
         self.tokens: list[int] = tree.tokens.tolist()
         self.depths = (0, *tree.depths)  # of rows
         self.children: list[list[int]] = [[] for _ in range(len(tree) + 1)]  # nodes under each row, in order
         for node, parent in enumerate(tree.parents):
             self.children[parent + 1].append(node)
-        self.tree, self.logits, self.params = tree, logits, params
+        self.tree, self.logits, self.params, self._probs = tree, logits, params, probs
 
     def target(self, row: int) -> Tensor:
         """Return the target's distribution after ``row``, ``[V]`` float64."""
-        return _normalised(target_probs(self.logits[row], self.params).to("cpu", torch.float64))
+        probs = target_probs(self.logits[row], self.params) if self._probs is None else self._probs[row]
+        return _normalised(probs.to(torch.float64))
 
     def draft(self, row: int) -> Tensor | None:
         """Return the distribution the children of ``row`` were drawn from, ``[V]`` float64; None if not drawn."""
         if self.tree.draft_probs is None or not self.children[row]:
             return None
-        return _normalised(self.tree.draft_probs[row].to("cpu", torch.float64))
+        return _normalised(self.tree.draft_probs[row].to(torch.float64))
+
+
+class Case:
+    """A tree that the target has scored and whose path the host is to decide.
+
+    What the host must see is said first, so that one transfer brings that of all sequences of a step. On a device all
+    that does not depend on the walk is computed there, for all rows: to wait for one row after the other costs more.
+    On the host only visited rows are computed, few of many.
+
+    Args:
+        rule: As for ``verify``, and so are the others but ``waits``.
+        tree: The proposal.
+        logits: The target's.
+        params: What makes a distribution of a row of logits.
+        waits: The keyed waiting times of the sequence.
+        position: Index of the token that follows the root.
+
+    Attributes:
+        asked: What the host must be shown to decide.
+
+    Raises:
+        ConfigError: As ``verify``.
+        ValueError: As ``verify``.
+    """
+
+    def __init__(
+        self,
+        rule: VerifyRule,
+        tree: TokenTree,
+        logits: Tensor,
+        *,
+        params: SamplingParams,
+        waits: KeyedWaits,
+        position: int,
+    ) -> None:
+        _check(rule, tree, logits, params)
+        self._rule, self._tree, self._logits, self._params = rule, tree, logits, params
+        self._seed, self._position = waits.seed, position
+        self._grown = [numbers for numbers in (tree.parents, tree.depths) if isinstance(numbers, Numbers)]
+        self.asked = [tree.tokens, *(numbers.there for numbers in self._grown)]
+        if not apart(logits.device):
+            return
+        if rule == "greedy":
+            self.asked.append(logits.argmax(dim=-1))
+        elif rule == "coupled":
+            ahead = waits.ahead(position, deepest(tree.depths) + 1, logits.shape[-1], logits.device)
+            own = ahead.index_select(0, row_depths(tree.depths, logits.device))
+            self.asked += (target_probs(logits, params).double() / own).max(dim=-1)
+        else:
+            self.asked.append(target_probs(logits, params))
+            self.asked += [] if tree.draft_probs is None else [tree.draft_probs]
+
+    def decide(self, shown: Sequence[Tensor], generator: torch.Generator) -> Verdict:
+        """Return the accepted path and the token that follows it.
+
+        Args:
+            shown: What was asked for, on the host.
+            generator: As for ``verify``.
+        """
+        tokens, *more = shown
+        for numbers in self._grown:
+            numbers.tell(more.pop(0).tolist())
+        tree = self._tree if tokens is self._tree.tokens else replace(self._tree, tokens=tokens)
+        if self._rule in {"greedy", "coupled"}:
+            step = Step(tree, self._logits, self._params)
+            return follow(step, self._chooser(step, more))
+        if more:
+            tree = replace(tree, draft_probs=more[1] if len(more) > 1 else None)
+        step = Step(tree, self._logits, self._params, *more[:1])
+        uniforms = torch.rand(len(tree) + 1, generator=generator, dtype=torch.float64, device=generator.device).tolist()
+        walk = rejection if self._rule == "rejection" else traversal
+        path, remaining = walk(step, lambda node, probability: uniforms[node] < probability)
+        return Verdict(path=path, next_token=inverse_cdf(remaining, uniforms[-1]))
+
+    def _chooser(self, step: Step, rows: Sequence[Tensor]) -> Callable[[int], int]:
+        """Return what says the target's own token after a row: from what the device found, or row by row here."""
+        if self._rule == "greedy":
+            if not rows:
+                return lambda row: int(self._logits[row : row + 1].float().argmax(dim=-1))
+            choices = rows[0].tolist()
+            return lambda row: int(choices[row])
+        if not rows:
+            return lambda row: coupled_token(step.target(row), self._seed, self._position + step.depths[row])
+        speeds, winners = (found.tolist() for found in rows)
+        return lambda row: winner(winners[row], speeds[row])
 
 
 def verify(
@@ -76,6 +168,11 @@ def verify(
         ConfigError: If the rule is unknown, or is not lossless at this temperature.
         ValueError: If the logits do not have N + 1 rows, or are not numbers.
     """
+    case = Case(rule, tree, logits, params=params, waits=KeyedWaits(seed), position=position)
+    return case.decide(fetch(case.asked), generator)
+
+
+def _check(rule: VerifyRule, tree: TokenTree, logits: Tensor, params: SamplingParams) -> None:
     if rule not in {"greedy", "coupled", "rejection", "traversal"}:
         known = did_you_mean(rule, ["greedy", "coupled", "rejection", "traversal"])
         raise ConfigError(f"verification rule {rule!r} does not exist.{known}")
@@ -84,18 +181,6 @@ def verify(
         raise ConfigError(f"rule {rule!r} is not lossless at temperature {params.temperature}; use {usable}.")
     if logits.shape[0] != len(tree) + 1:
         raise ValueError(f"logits have {logits.shape[0]} rows for a tree of {len(tree)} nodes; it takes one more.")
-    step = Step(tree, logits, params)
-    if rule == "greedy":
-        if logits.device.type == "cpu":  # most rows are never visited
-            return follow(step, lambda row: int(logits[row : row + 1].float().argmax(dim=-1)))
-        choices: list[int] = logits.argmax(dim=-1).tolist()  # one synchronisation for all rows
-        return follow(step, lambda row: choices[row])
-    if rule == "coupled":
-        return follow(step, lambda row: coupled_token(step.target(row), seed, position + step.depths[row]))
-    uniforms = torch.rand(len(tree) + 1, generator=generator, dtype=torch.float64, device=generator.device).tolist()
-    decide = rejection if rule == "rejection" else traversal
-    path, remaining = decide(step, lambda node, probability: uniforms[node] < probability)
-    return Verdict(path=path, next_token=inverse_cdf(remaining, uniforms[-1]))
 
 
 def follow(step: Step, choose: Callable[[int], int]) -> Verdict:

@@ -166,7 +166,7 @@ def branch_states_behind(target: Target, prefix: Sequence[int], branches: Branch
         logits_to_keep=1,
         position_offset=state.position_offset,
     )
-    return target._features()[:, -target.hidden_size :]  # noqa: SLF001 - as Target.forward_tree, for any branches
+    return target.features()[:, -target.hidden_size :]
 
 
 def counts_tokens(target: Target) -> bool:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree
+from vsdbench.decoding.structure import extended
 from vsdbench.decoding.tree import any_chain
 from vsdbench.models.fused import agree
 from vsdbench.paths import cache_dir
@@ -116,7 +117,7 @@ class CompiledLayers:
         if self.learning or (more := size - num_rows) == 0:
             return tree
         tokens = torch.cat([tree.tokens, tree.tokens.new_zeros(more)])
-        return TokenTree(tokens, [*tree.parents, *[-1] * more], [*tree.depths, *[1] * more], tokens.float())
+        return TokenTree(tokens, extended(tree.parents, more, -1), extended(tree.depths, more, 1), tokens.float())
 
     def capacity(self, rows: int) -> int:
         """Return how many rows a cache should have that is to hold so many."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from vsdbench.errors import ConfigError, EnvironmentProblemError
+
+Mark: TypeAlias = "float | torch.cuda.Event"
+"""A moment on a device's clock."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -77,3 +82,59 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that a clock read next is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def mark(device: torch.device) -> Mark:
+    """Return the moment at which the device will have done all it was given so far; nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Return the seconds from one moment to a later one, once both are over."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own: to read it, the host waits until all it was given is done."""
+    return device.type != "cpu"
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device; the host does not wait."""
+    if not apart(device):
+        return tensor
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+def send_numbers(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return numbers of the host as a tensor on a device, as ``send``."""
+    return send(torch.tensor(numbers, dtype=dtype), device)
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one device on the host, all by one transfer: what a decode step waits for, once.
+
+    >>> [tensor.tolist() for tensor in fetch([torch.tensor([1, 2]), torch.tensor([[0.5]])])]
+    [[1, 2], [[0.5]]]
+    """
+    if not tensors or not apart(tensors[0].device):
+        return list(tensors)
+    order = sorted(range(len(tensors)), key=lambda index: -tensors[index].element_size())  # each begins aligned
+    packed = torch.cat([tensors[index].reshape(-1).view(torch.uint8) for index in order]).cpu()
+    found: dict[int, Tensor] = {}
+    start = 0
+    for index in order:
+        tensor = tensors[index]
+        found[index] = packed[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        start += tensor.nbytes
+    return [found[index] for index in range(len(tensors))]

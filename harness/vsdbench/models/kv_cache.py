@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vsdbench.errors import ConfigError
+from vsdbench.models.device import send_numbers
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -87,17 +88,28 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         self.length = 0
 
     @torch.inference_mode()  # the buffers are inference tensors, which refuse to be written outside of it
-    def commit(self, rows: Sequence[int]) -> None:
-        """Keep ``rows`` (increasing, relative to the committed length) of the last forward, drop the others."""
+    def commit(self, rows: Sequence[int], there: Tensor | None = None) -> None:
+        """Keep ``rows`` (increasing, relative to the committed length) of the last forward, drop the others.
+
+        Args:
+            rows: The rows.
+            there: The same on the buffers' device, if they are there already.
+        """
         count = len(rows)
         start = self.length
         if rows[-1] != count - 1:  # otherwise the kept rows already stand together
             first = next(i for i, row in enumerate(rows) if row != i)
-            device = next(iter(self._buffers.values())).device
-            source = torch.tensor([start + row for row in rows[first:]], device=device)
+            if there is None:
+                there = send_numbers(rows, self.device)
+            source = there[first:] + start
             for buffer in self._buffers.values():
                 buffer[..., start + first : start + count, :] = buffer.index_select(-2, source)
         self.length += count
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are that were allocated so far."""
+        return next(iter(self._buffers.values())).device
 
     @property
     def num_bytes(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vsdbench.decoding.tree import ancestor_mask
+from vsdbench.decoding.structure import ancestor_mask
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
 

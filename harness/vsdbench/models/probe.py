@@ -14,6 +14,7 @@ import torch
 
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.errors import ConfigError, first_line, is_out_of_memory
+from vsdbench.models.device import send_numbers
 from vsdbench.models.fused import agree
 from vsdbench.models.kv_cache import PreallocatedCache
 
@@ -63,7 +64,7 @@ def _rows(target: Target, prompt: Sequence[int], tokens: Sequence[int], parents:
     depths: list[int] = []
     for parent in parents:
         depths.append(1 if parent < 0 else depths[parent] + 1)
-    ids = torch.tensor(tokens, device=target.device)
+    ids = send_numbers(tokens, target.device)
     cache = PreallocatedCache(target.num_layers, len(prompt) + len(tokens))
     state = target.prefill(prompt[:-1], cache.capacity, cache)
     state.tokens.append(prompt[-1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vsdbench.models.device import send_numbers
 from vsdbench.models.kv_cache import PreallocatedCache
 
 
@@ -21,10 +22,27 @@ class SequenceState:
         self.next_logits = torch.empty(0)
         self.embeddings: Tensor | None = None
         self.image_mask: Tensor | None = None
+        self._newest = torch.empty(0, dtype=torch.int64)  # the last of the first ``_num_tokens`` tokens
+        self._num_tokens = 0
         self.position_offset = 0
         """What the model adds to a row's number to get its position: not 0 where an image takes fewer positions."""
 
-    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
-        """Keep the root and the accepted nodes of the last forward; append their tokens and the one that follows."""
-        self.cache.commit([0, *(node + 1 for node in path)])
+    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Keep the root and the accepted nodes of the last forward; append their tokens and the one that follows.
+
+        Returns:
+            ``[A + 1]`` int64, the rows that were kept; they and the tokens reach the device together.
+        """
+        rows = [0, *(node + 1 for node in path)]
+        sent = send_numbers([*rows, *tokens], self.cache.device)
+        kept, self._newest = sent[: len(rows)], sent[len(rows) :]
+        self.cache.commit(rows, kept)
         self.tokens += tokens
+        self._num_tokens = len(self.tokens)
+        return kept
+
+    def last_tokens(self, count: int) -> Tensor:
+        """Return ``[count]`` int64, the last tokens on the target's device; those of the last commit are there."""
+        if self._num_tokens != len(self.tokens) or count > len(self._newest):
+            self._newest, self._num_tokens = send_numbers(self.tokens[-count:], self.cache.device), len(self.tokens)
+        return self._newest[-count:]

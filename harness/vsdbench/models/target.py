@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vsdbench.decoding.interfaces import TargetOutput, TokenTree
+from vsdbench.decoding.structure import row_depths
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
 from vsdbench.models.compiled import CompiledLayers, compile_layers
+from vsdbench.models.device import send_numbers
 from vsdbench.models.encoding import ImageEncoder, Message, make_encoder
 from vsdbench.models.fused import FusedLayers, agree, can_fuse
 from vsdbench.models.image_prefill import read_images
@@ -214,10 +216,10 @@ class Target:
             cache.length = tokens.num_read
             state.position_offset = read.position_offset
             state.image_mask = tokens.image_mask.to(self.device)
-            state.features, state.embeddings, logits = self._features(), read.embeddings, read.logits
+            state.features, state.embeddings, logits = self.features(), read.embeddings, read.logits
             if behind := tokens.tokens[tokens.num_read :]:
                 more, logits = self._read(state, tokens.num_read, behind)
-                embedded = self.embed_tokens(torch.tensor(behind, device=self.device))
+                embedded = self.embed_tokens(send_numbers(behind, self.device))
                 state.features = torch.cat([state.features, more])
                 state.embeddings = torch.cat([state.embeddings, embedded])
         state.next_logits = logits[-1].float()
@@ -230,14 +232,11 @@ class Target:
         for first in range(start, end, _CHUNK):
             stop = min(first + _CHUNK, end)
             keys = torch.arange(stop, device=self.device)
-            positions = keys[first:]
-            causal = positions[:, None] >= keys[None, :]
-            ids = torch.tensor(tokens[first - start : stop - start], device=self.device)
-            logits = self.forward(
-                ids, positions, causal, keys, state.cache, logits_to_keep=1, position_offset=state.position_offset
-            )
+            ids, new = send_numbers(tokens[first - start : stop - start], self.device), keys[first:]
+            seen, offset = new[:, None] >= keys, state.position_offset
+            logits = self.forward(ids, new, seen, keys, state.cache, logits_to_keep=1, position_offset=offset)
             state.cache.length = stop
-            features.append(self._features())
+            features.append(self.features())
         return torch.cat(features), logits
 
     @torch.inference_mode()
@@ -251,12 +250,11 @@ class Target:
         committed, num_rows = state.cache.length, len(tree) + 1
         if self.compiled_layers is not None:
             tree = self.compiled_layers.fill(tree, state.cache.capacity - committed)
-        root = torch.tensor(state.tokens[-1:], device=self.device)
-        ids = torch.cat([root, tree.tokens]) if len(tree) else root
-        positions = torch.tensor([0, *tree.depths], device=self.device) + committed
+        ids = torch.cat([state.last_tokens(1), tree.tokens])
+        positions = row_depths(tree.depths, self.device) + committed
         masks = self.masks.of_tree(tree.parents, positions, committed)
-        logits = self._run(ids, positions + state.position_offset, masks, state.cache, layers=self.compiled_layers)
-        return TargetOutput(logits[:num_rows], self._features()[:num_rows])
+        logits = self.run(ids, positions + state.position_offset, masks, state.cache, layers=self.compiled_layers)
+        return TargetOutput(logits[:num_rows], self.features()[:num_rows])
 
     @torch.inference_mode()
     def branch_states(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -299,36 +297,37 @@ class Target:
             position_offset: Added to what the model's position embedding is told.
         """
         masks = self.masks.of(positions, visible, key_positions)
-        return self._run(ids, positions + position_offset, masks, cache, logits_to_keep=logits_to_keep)
+        return self.run(ids, positions + position_offset, masks, cache, logits_to_keep=logits_to_keep)
 
-    def _run(
+    def run(
         self,
         ids: Tensor,
         positions: Tensor,
         masks: Tensor | dict[str, Tensor],
-        cache: PreallocatedCache,
+        cache: PreallocatedCache | None,
         *,
         logits_to_keep: int = 0,
-        layers: CompiledLayers | None = None,
+        layers: Callable[..., Tensor] | None = None,
+        **own: Any,  # noqa: ANN401 - of the model's own code
     ) -> Tensor:
-        """Return what ``forward`` does, from positions as the model counts them and additive masks."""
+        """Return what ``forward`` does; ``layers`` run in the place of fused ones, ``own`` is for the model's own."""
         if self.fused_layers is not None:
             embedded = self.embed_tokens(ids)
             kept: dict[int, Tensor] = dict.fromkeys(self.feature_layers, embedded)
-            last = (layers or self.fused_layers)(embedded, positions, masks, cache, kept)
-            self._entering, self._last = kept, last[None]
-            head: nn.Module = self.model.get_output_embeddings()
-            rows: Tensor = head(last[-logits_to_keep:])  # all of them if 0
+            run: Callable[..., Tensor] = layers or self.fused_layers
+            self._last = run(embedded, positions, masks, cache, kept)[None]
+            self._entering = kept
+            rows: Tensor = self.model.get_output_embeddings()(self._last[0, -logits_to_keep:])  # all of them if 0
             return rows
-        output = self.model(
+        logits: Tensor = self.model(
             input_ids=ids[None],
             attention_mask=masks,
             position_ids=positions[None].clamp(max=self.max_positions - 1),  # guesses past the end are cut anyway
             cache=cache,
-            use_cache=True,
+            use_cache=cache is not None,
             logits_to_keep=logits_to_keep,
-        )
-        logits: Tensor = output.logits[0]
+            **own,
+        ).logits[0]
         return logits
 
     # ---- the layers ----
@@ -382,7 +381,7 @@ class Target:
         """Return what entered the three feature layers in the last forward, whoever called the model: ``[B, n, H]``."""
         return [self._entering[layer] for layer in self.feature_layers]
 
-    def _features(self) -> Tensor:
+    def features(self) -> Tensor:
         """Return ``[n, 4H]`` of the last forward: what entered the feature layers, then the last normed states."""
         return torch.cat([*(states[0] for states in self.entered()), self._last[0]], dim=-1)
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vsdbench.decoding.interfaces import TargetOutput, TokenTree
-from vsdbench.decoding.tree import ancestor_mask
+from vsdbench.decoding.structure import ancestor_mask, row_depths
 from vsdbench.errors import ConfigError
 from vsdbench.models import attention
+from vsdbench.models.device import send_numbers
 from vsdbench.models.kv_cache import CachePool, PooledCache
 
 if TYPE_CHECKING:
@@ -138,54 +139,50 @@ class _Rows:
         if self._reach > pool.capacity:
             raise ConfigError(f"{self._reach} tokens do not fit into a cache of {pool.capacity}: use a smaller tree.")
         device = self._device = target.device
-        roots = torch.tensor([state.tokens[-1] for state in states], device=device)
-        pieces = ((roots[i : i + 1], tree.tokens) for i, tree in enumerate(trees))
+        pieces = ((state.last_tokens(1), tree.tokens) for state, tree in zip(states, trees, strict=True))
         self.ids = torch.cat(list(itertools.chain.from_iterable(pieces)))
-        depths = [(0, *tree.depths) for tree in trees]
-        numbers = [start + depth for start, own in zip(committed, depths, strict=True) for depth in own]
-        self._positions = torch.tensor(numbers, device=device)
-        offsets = [state.position_offset for state in states]
-        self._offsets = torch.tensor(offsets, device=device).repeat_interleave(torch.tensor(counts, device=device))
-        # Where every row stands among B x n, and the row that stands at each of these (any, where there is none).
+        self._positions = torch.cat(
+            [row_depths(tree.depths, device) + start for tree, start in zip(trees, committed, strict=True)]
+        )
         self._even = min(counts) == self._most
         starts = list(itertools.accumulate(counts, initial=0))[:-1]
-        places = [i * self._most + row for i, count in enumerate(counts) for row in range(count)]
-        self._places = torch.tensor(places, device=device)
-        both = zip(starts, counts, strict=True)
-        filled = [start + min(row, count - 1) for start, count in both for row in range(self._most)]
-        self._filled = torch.tensor(filled, device=device)
-        self._columns = [i * pool.capacity + c + row for i, c in enumerate(committed) for row in range(counts[i])]
+        both = list(zip(starts, counts, strict=True))
+        parts = {
+            "before": committed,
+            "offsets": [
+                state.position_offset for state, count in zip(states, counts, strict=True) for _ in range(count)
+            ],
+            # Where every row stands among B x n, and the row that stands at each of these (any, where there is none).
+            "places": [i * self._most + row for i, count in enumerate(counts) for row in range(count)],
+            "filled": [start + min(row, count - 1) for start, count in both for row in range(self._most)],
+            "columns": [i * pool.capacity + c + row for i, c in enumerate(committed) for row in range(counts[i])],
+        }
+        sent = send_numbers(list(itertools.chain.from_iterable(parts.values())), device)  # one copy for all of them
+        there = dict(zip(parts, torch.split(sent, [len(part) for part in parts.values()]), strict=True))
+        self._before, self._offsets = there["before"], there["offsets"]
+        self._places, self._filled, self._columns = there["places"], there["filled"], there["columns"]
         self._vectors: dict[int, Tensor] = {}
         self._masks = self._make_masks(trees)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return ``[T, V]`` logits and ``[T, 4H]`` features."""
-        target = self._target
         positions = self._positions + self._offsets
-        fused = target.fused_layers
-        if fused is not None:
+        logits = self._target.run(self.ids, positions, self._masks, None, layers=self._run_fused, together=self)
+        return logits, self._target.features()
 
-            def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                return self.attend(index, (queries, keys, values), fused.mask_of(index, self._masks), fused.scaling)
+    def _run_fused(
+        self, embedded: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], _: None, kept: dict[int, Tensor]
+    ) -> Tensor:
+        """Return what the target's ``FusedLayers`` do, with the attention of this file."""
+        fused = self._target.fused_layers
+        assert fused is not None
 
-            embedded = target.embed_tokens(self.ids)
-            kept: dict[int, Tensor] = dict.fromkeys(target.feature_layers, embedded)
-            last = fused.run(embedded, positions, attend, kept)
-            target._entering, target._last = kept, last[None]  # noqa: SLF001 - as Target.forward
-            head: nn.Module = target.model.get_output_embeddings()
-            logits: Tensor = head(last)
-        else:
-            output: Any = target.model(
-                input_ids=self.ids[None],
-                attention_mask=self._masks,
-                position_ids=positions[None].clamp(max=target.max_positions - 1),  # as ``Target.forward``
-                use_cache=False,
-                together=self,
-            )
-            logits = output.logits[0]
-        return logits, target._features()  # noqa: SLF001 - as Target.forward_tree
+        def attend(index: int, *parts: Tensor) -> Tensor:
+            return self.attend(index, parts, fused.mask_of(index, masks), fused.scaling)
 
-    def attend(self, layer: int, parts: tuple[Tensor, Tensor, Tensor], mask: Tensor, scaling: float | None) -> Tensor:
+        return fused.run(embedded, positions, attend, kept)
+
+    def attend(self, layer: int, parts: Sequence[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
         """Return ``[T, A * D]``; the T keys and values are written into the caches first.
 
         Args:
@@ -218,17 +215,14 @@ class _Rows:
         """Return ``[T * G]`` indices into a layer's buffer seen as vectors."""
         if heads not in self._vectors:
             capacity = self._pool.capacity
-            numbers = [
-                (place // capacity * heads + head) * capacity + place % capacity
-                for place in self._columns
-                for head in range(heads)
-            ]
-            self._vectors[heads] = torch.tensor(numbers, device=self._device)
+            first = self._columns + self._columns // capacity * ((heads - 1) * capacity)  # of head 0
+            every = torch.arange(0, heads * capacity, capacity, device=self._device)
+            self._vectors[heads] = (first[:, None] + every).flatten()
         return self._vectors[heads]
 
     def _make_masks(self, trees: Sequence[TokenTree]) -> Tensor | dict[str, Tensor]:
         """Return what ``Target`` makes masks of; rows that no tree has see the sequence."""
-        before = torch.tensor(self._committed, device=self._device)
+        before = self._before
         keys = torch.arange(self._reach, device=self._device)
         key_positions = keys.expand(len(trees), -1)
         if self._most == 1:
