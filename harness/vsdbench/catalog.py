@@ -69,7 +69,7 @@ def copy(name: str, destination: Path) -> Path:
     """
     kind, path, _ = find(name)
     if path is None:
-        raise ConfigError(f"'{name}' is a {kind}, not a file: only suites and recipes can be copied.")
+        raise ConfigError(f"'{name}' is among the {kind}s, which are no files: only suites and recipes can be copied.")
     is_file = destination.suffix in {".yaml", ".yml"} and not destination.is_dir()
     target = destination if is_file else destination / path.name
     if target.exists():

@@ -159,7 +159,7 @@ def test_the_verb_gives_data_and_refuses_what_does_not_fit(run):
     assert "eagle3-kl: τ = " in show("drawn", "--spans").stdout
     for words, message in {
         ("drawn", "--drafter", "ngram"): "--drafter ngram is for --spans",
-        ("ngram", "--spans"): "--spans is for runs, but 'ngram' is a drafter",
+        ("ngram", "--spans"): "--spans is for runs, but 'ngram' is among the drafters",
         ("drawn", "--spans", "--drafter", "engram"): "No answer of a drafter 'engram' is kept",
     }.items():
         done = show(*words)

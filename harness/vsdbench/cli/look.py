@@ -78,7 +78,7 @@ def show(  # noqa: PLR0917 - a command's options
             _show_run(run, as_json=as_json, diagnostics=diagnostics)
         return
     if spans:
-        raise ConfigError(f"--spans is for runs, but '{name}' is a {kind}: see `vsdbench list runs`.")
+        raise ConfigError(f"--spans is for runs, but '{name}' is among the {kind}s: see `vsdbench list runs`.")
     if as_json:
         print_json({"schema": 1, "kind": kind, "path": str(path) if path else None, "text": text})
     else:
