@@ -26,6 +26,7 @@ SLOTS_PER_WIDTH = 32
 _MATCH = 24.0  # attention score of a token and itself; of two others it has a deviation of _MATCH / sqrt(D / 2)
 _STRENGTH = 20.0  # root mean square of what one copied token adds
 _RIDGE = 0.02  # of least squares, as a share of the inputs' mean square
+_AT_ONCE = 4096  # slots that are widened to float32 together
 _SMALLEST = 1e-3  # variance that whitening still stretches, as a share of the largest
 
 
@@ -42,7 +43,7 @@ def start_copying(model: Eagle3Model, features: Tensor, tokens: Tensor, *, seed:
     config, layer = model.config, model.midlayer
     width, groups = config.head_dim, config.num_key_value_heads
     per_group = config.num_attention_heads // groups
-    states = layer.hidden_norm(model.project(features.float()))
+    states = torch.cat([layer.hidden_norm(model.project(part.float())) for part in features.split(_AT_ONCE)])
     embedded = layer.input_layernorm(model.embeddings[tokens].float())
     variances, axes = torch.linalg.eigh(torch.cov(embedded.T))  # rising
     whiten = axes @ torch.diag(variances.clamp_min(_SMALLEST * float(variances[-1])).rsqrt()) @ axes.T
