@@ -156,7 +156,7 @@ def test_a_warm_start_is_of_the_same_architecture(write, tmp_path):
         ("eagle3-ce-quickstart", "0e1e2138df9d6c42"),
         ("eagle3-kl-quickstart", "d379f037c1f38b52"),
         ("eagle3-kl-hour", "f5e461cdf49b2713"),
-        ("eagle3-kl-grounded", "cd14be54887f3f57"),
+        ("eagle3-kl-grounded", "f795ac74f32e111b"),
     ],
 )
 def test_trained_drafters_are_found_again(name, expected):

@@ -199,15 +199,18 @@ def test_two_suites_in_one_command_make_two_runs(workspace):
 
 
 def test_a_lossy_rule_ends_with_1_and_all_suites_are_still_run(workspace, monkeypatch):
-    exact = engine.verify
+    class Lossy(engine.Case):
+        def __init__(self, rule, tree, logits, **keywords):
+            super().__init__(rule, tree, logits, **keywords)
+            self.proposed, self.scored = tree, logits
 
-    def lossy(rule, tree, logits, **keywords):
-        verdict = exact(rule, tree, logits, **keywords)
-        if len(tree) and tree.parents[0] == -1 and not verdict.path:  # the first draft token is taken unseen
-            return Verdict(path=[0], next_token=int(logits[1].argmax()))
-        return verdict
+        def decide(self, shown, generator):
+            verdict = super().decide(shown, generator)
+            if len(self.proposed) and self.proposed.parents[0] == -1 and not verdict.path:
+                return Verdict(path=[0], next_token=int(self.scored[1].argmax()))  # the first draft token, unseen
+            return verdict
 
-    monkeypatch.setattr(engine, "verify", lossy)
+    monkeypatch.setattr(engine, "Case", Lossy)
     second = workspace.write_suite("second")
     result = workspace.run(second, "--json", "repeats=1", "drafters.1.tree.budget=3")
     assert result.code == 1

@@ -108,8 +108,8 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are that were allocated so far."""
-        return next(iter(self._buffers.values())).device
+        """Where the buffers are that were allocated so far; the CPU where a model keeps none here."""
+        return next((buffer.device for buffer in self._buffers.values()), torch.device("cpu"))
 
     @property
     def num_bytes(self) -> int:

@@ -105,16 +105,10 @@ def chosen_trees(runs: Sequence[Run]) -> Section | None:
     found = [(run, row, tree) for run in runs for row in run.rows if (tree := _chosen(run, row)) is not None]
     if not found:
         return None
-    speeds = [(row, tree, _over_plain(row)["value"]) for _, row, tree in found if _over_plain(row)["value"]]
-    said = [
-        f"{named(row['drafter'])} at T = {row['temperature']:g} reached "
-        f"{fixed(100 * speed / tree['predicted_speedup'], 0)} % of the speedup predicted"
-        for row, tree, speed in speeds
-    ]
     text = (
         "An automatic tree is chosen before a run, on prompts outside the suite: by what trees of all sizes would have "
         "kept there, by what steps cost on this machine, and by decoding with the best of them. What it promises for "
-        f"other prompts is a prediction ([[table:trees]]){': ' + '; '.join(said) if said else ''}."
+        "other prompts is a prediction ([[table:trees]])."
     )
     table = Table(
         name="trees",
