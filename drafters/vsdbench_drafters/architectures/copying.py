@@ -43,7 +43,7 @@ def start_copying(model: Eagle3Model, features: Tensor, tokens: Tensor, *, seed:
     config, layer = model.config, model.midlayer
     width, groups = config.head_dim, config.num_key_value_heads
     per_group = config.num_attention_heads // groups
-    states = torch.cat([layer.hidden_norm(model.project(part.float())) for part in features.split(_AT_ONCE)])
+    states = torch.cat([layer.hidden_norm(model.project(part.float())) for part in torch.split(features, _AT_ONCE)])
     embedded = layer.input_layernorm(model.embeddings[tokens].float())
     variances, axes = torch.linalg.eigh(torch.cov(embedded.T))  # rising
     whiten = axes @ torch.diag(variances.clamp_min(_SMALLEST * float(variances[-1])).rsqrt()) @ axes.T
