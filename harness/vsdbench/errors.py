@@ -6,6 +6,7 @@ A message names the offending value and what would be right. Whatever else escap
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -57,6 +58,12 @@ def first_line(error: BaseException) -> str:
     ('one', 'KeyError')
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether a disk, or a user's share of it, is full: by the error's number, or by the words of a library."""
+    known = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return known or "No space left" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import pickle
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import ConfigError, EnvironmentProblemError, is_disk_full
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Drafter
@@ -94,8 +93,7 @@ def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] 
         save_file(tensors, partial, metadata=metadata)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or "No space left" in str(error):
+        if is_disk_full(error):
             raise EnvironmentProblemError(f"the disk is full: {path} cannot be written; free some space.") from error
         raise
     partial.replace(path)

@@ -7,7 +7,6 @@ forwards fill all of them.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vsdbench.config import content_hash
-from vsdbench.errors import EnvironmentProblemError
+from vsdbench.errors import EnvironmentProblemError, is_disk_full
 from vsdbench.models.branching import key_shape
 from vsdbench.store.files import FileLock
 from vsdbench_drafters.objectives.base import ImageTokens
@@ -201,7 +200,7 @@ def _make(
         for file in files:
             file.partial.replace(file.path)
     except (OSError, RuntimeError) as error:
-        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+        if is_disk_full(error):
             size = num_bytes(sum(lengths), sum(file.numbers for file in files), target.dtype.itemsize)
             cheaper = "keys=false" if any(len(file.shape) > 1 for file in files) else "features=online"
             raise EnvironmentProblemError(

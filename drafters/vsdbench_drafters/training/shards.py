@@ -6,7 +6,6 @@ description is written last: a folder that has it is complete.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vsdbench.errors import EnvironmentProblemError
+from vsdbench.errors import EnvironmentProblemError, is_disk_full
 from vsdbench.store.files import FileLock
 
 if TYPE_CHECKING:
@@ -264,8 +263,7 @@ class DataFolder:
             temporary.replace(self.path / name)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-            fix = "free some space" if full else "make it writable"
+            fix = "free some space" if is_disk_full(error) else "make it writable"
             raise EnvironmentProblemError(
                 f"training data cannot be written to {self.path} ({error.strerror}); {fix} or set VSDBENCH_CACHE."
             ) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from vsdbench.errors import VsdbenchError, first_line, is_out_of_memory
+from vsdbench.errors import VsdbenchError, first_line, is_disk_full, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +85,7 @@ def _of_the_machine(error: Exception) -> str | None:
     """Return what the user can do about an error, or None where it is a bug."""
     if is_out_of_memory(error):
         return f"Out of memory: use a smaller target, tree or --dtype bf16 ({first_line(error)})."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if is_disk_full(error):
         return "The disk is full: free some space (see `vsdbench doctor` for the cache) and run again."
     if isinstance(error, OSError) and error.errno in _NO_PLACE and error.filename is not None:
         return f"'{error.filename}' cannot be written or read ({error.strerror}): choose another place."

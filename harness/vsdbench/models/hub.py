@@ -5,12 +5,11 @@ The hub's own clients retry for half a minute when there is no network; one shor
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from vsdbench.errors import ConfigError, EnvironmentProblemError, VsdbenchError
+from vsdbench.errors import ConfigError, EnvironmentProblemError, VsdbenchError, is_disk_full
 
 RepoKind = Literal["model", "dataset"]
 
@@ -57,7 +56,7 @@ def hub_errors(repo: str, *, kind: RepoKind, revision: str | None, fix: str) -> 
     except errors.HFValidationError as error:
         raise ConfigError(f"'{repo}' is not a hub id of the form owner/name.") from error
     except Exception as error:  # the transport's errors differ between versions of the client
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise EnvironmentProblemError(
                 f"the {kind} '{repo}' does not fit the disk: free some space or set HF_HOME to a folder elsewhere."
             ) from error

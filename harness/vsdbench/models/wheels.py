@@ -6,7 +6,6 @@ sha256 is checked before anything is read, and only the one member is read, neve
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import os
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
 from vsdbench.bars import Bars
-from vsdbench.errors import EnvironmentProblemError
+from vsdbench.errors import EnvironmentProblemError, is_disk_full
 from vsdbench.paths import cache_dir
 
 _CHUNK_BYTES = 1 << 20
@@ -111,7 +110,7 @@ def _digest_path(path: Path) -> Path:
 
 
 def _storage_problem(error: OSError, doing: str) -> EnvironmentProblemError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if is_disk_full(error):
         return EnvironmentProblemError(
             f"{doing} failed because the disk is full; free some space or set VSDBENCH_CACHE to a folder elsewhere."
         )

@@ -15,12 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import ConfigError, EnvironmentProblemError, is_disk_full
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _CHUNK = 1 << 16
 
@@ -35,7 +34,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             raise EnvironmentProblemError(
                 f"The disk that holds {path} is full; free some space and repeat the command (of a run, with "
                 "--resume): everything written so far is kept."
