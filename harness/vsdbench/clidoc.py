@@ -23,8 +23,8 @@ _INTRODUCTION = """\
 
 Made from the program's own help by `python -m vsdbench.clidoc`; do not edit.
 
-Exit codes: 0 all well, 1 a gate failed (an answer is not lossless), 2 usage or configuration, 3 the machine or the
-network, 130 interrupted with everything measured so far kept.
+Exit codes: 0 all well, 1 a gate failed (an answer is not lossless, a regression), 2 usage or configuration, 3 machine
+or network, 130 interrupted with everything measured so far kept.
 """
 _MARKUP = re.compile(r"\[/?(?:bold|italic|dim|green|yellow|red)\]")
 

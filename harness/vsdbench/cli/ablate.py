@@ -43,40 +43,40 @@ def ablate(  # noqa: PLR0917 - a command's options
     items: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE...]",
+            metavar="RECIPE|KEY=VALUE",
             help="A recipe or contest with the objective vsd (default: ablation-quickstart, with --arms "
-            "contest-quickstart), and changes to it or to the suite, for all arms.",
+            "contest-quickstart), and changes to it or to the suite for all arms.",
         ),
     ] = None,
-    arms: Annotated[bool, typer.Option("--arms", help="The contest's other objectives, each against its vsd.")] = False,
+    arms: Annotated[bool, typer.Option("--arms", help="Compare the contest's other objectives with its vsd.")] = False,
     arm: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this arm of the contest; can be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="Only this arm of the contest; repeatable.")
     ] = None,
     no_car: Annotated[bool, typer.Option("--no-car", help="Arm without Confidence-Aware Regularization.")] = False,
     no_arw: Annotated[bool, typer.Option("--no-arw", help="Arm without Adaptive Rejection Weighting.")] = False,
     no_utility: Annotated[bool, typer.Option("--no-utility", help="Arm without the utility in the weights.")] = False,
     no_kl: Annotated[bool, typer.Option("--no-kl", help="Arm without log p - log q in the weights.")] = False,
     no_correction: Annotated[
-        bool, typer.Option("--no-correction", help="Arm whose rejected paths just end, without the target's token.")
+        bool, typer.Option("--no-correction", help="Arm whose rejected paths end without the target's token.")
     ] = False,
     no_oracle: Annotated[
-        bool, typer.Option("--no-oracle", help="Arm that keeps all proposals whole, without the accept test.")
+        bool, typer.Option("--no-oracle", help="Arm without the accept test: all proposals are kept whole.")
     ] = False,
     no_anchor: Annotated[bool, typer.Option("--no-anchor", help="Arm without the anchor loss on the data.")] = False,
     sampler: Annotated[list[str] | None, typer.Option(help="Arm with this sampler: mh.")] = None,
     proposals: Annotated[list[str] | None, typer.Option(help="Arm with these proposals: sampled, tree, mixed.")] = None,
-    paths: Annotated[list[int] | None, typer.Option(min=1, help="Arm with so many paths an anchor.")] = None,
-    depth: Annotated[list[int] | None, typer.Option(min=1, help="Arm with paths of so many tokens.")] = None,
+    paths: Annotated[list[int] | None, typer.Option(min=1, help="Arm with this many paths per anchor.")] = None,
+    depth: Annotated[list[int] | None, typer.Option(min=1, help="Arm with paths of this many tokens.")] = None,
     acceptance: Annotated[
         list[str] | None, typer.Option(help="Arm with this acceptance model: sampled, tree, greedy.")
     ] = None,
     grid: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML file of further arms: name to dotted recipe changes.")
+        Path | None, typer.Option(metavar="FILE", help="YAML file of more arms: names, with dotted recipe changes.")
     ] = None,
-    together: Annotated[bool, typer.Option("--together", help="One arm with all these changes.")] = False,
+    together: Annotated[bool, typer.Option("--together", help="Make one arm with all these changes.")] = False,
     suite: Annotated[
         str | None,
-        typer.Option(help="Suite to decode; its tree is every arm's (default: ablation, with --arms contest)."),
+        typer.Option(help="Suite to decode, whose tree all arms use (default: ablation, with --arms contest)."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0, 1, … (default: the recipe's).")] = None,
     target: TargetName = None,
@@ -87,7 +87,7 @@ def ablate(  # noqa: PLR0917 - a command's options
     run_id: RunId = None,
     results: Results = None,
     report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write the PDF too: reports/RUN.pdf, or in $VSDBENCH_REPORTS.")
+        bool, typer.Option("--report/--no-report", help="Also write the PDF: reports/RUN.pdf, or in $VSDBENCH_REPORTS.")
     ] = True,
     strict: Strict = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -95,12 +95,12 @@ def ablate(  # noqa: PLR0917 - a command's options
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Which parts of VSD pay, which objective? Train arms from one start with one budget, and compare them with VSD.
+    """Which parts of VSD help, which objective is best? Train arms from one start on one budget; compare them with VSD.
 
-    Each flag is one arm, and an option that is repeated one arm a value; without any, every part is switched off in
-    turn. With --arms the other objectives of a contest are the arms. Beside them run three controls: more training with
-    the warm start's objective, on-policy reverse KL, and the warm start as it is; one that is an arm already runs once.
-    Cells are cached, so another arm trains that arm alone. Examples:
+    Each flag makes one arm, and a repeated option one arm per value; without any, every part is switched off in turn.
+    With --arms the other objectives of a contest are the arms. Three controls run beside them: more training with the
+    warm start's objective, on-policy reverse KL, and the warm start as it is; one that is an arm already runs once.
+    Trained arms are cached, so adding an arm trains that arm alone. Examples:
     [bold]vsdbench ablate --no-car --paths 1 --paths 16 --seeds 3[/bold],
     [bold]vsdbench ablate contest-hour --arms[/bold]
     """

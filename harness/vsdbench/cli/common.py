@@ -41,18 +41,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; everyt
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (measured), bf16, fp16, fp32 or fp64.")]
-TargetName = Annotated[str | None, typer.Option(help="Another target: hub id, folder, or an embedded model's name.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory, and stop.")]
-Seed = Annotated[int | None, typer.Option(help="Another seed than the file's.")]
+TargetName = Annotated[str | None, typer.Option(help="Target instead of the file's: hub id, folder or embedded model.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, estimate time and memory, and stop.")]
+Seed = Annotated[int | None, typer.Option(help="Seed instead of the file's.")]
 Diagnostics = Annotated[
-    bool, typer.Option("--diagnostics", help="Also where drafters and decoding part: pruned paths, calibration.")
+    bool, typer.Option("--diagnostics", help="Also how drafting and decoding differ: pruned paths, calibration.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Prompts to take, stratified by category.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Number of prompts, stratified by category.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run like this one.")]
-RunId = Annotated[str | None, typer.Option("--run", help="Continue this run: id, beginning of it, or latest.")]
+RunId = Annotated[str | None, typer.Option("--run", help="Continue this run: its id, the beginning of it, or latest.")]
 Results = Annotated[Path | None, typer.Option(help="Folder of runs (default: results/ or $VSDBENCH_RESULTS).")]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Exit with 1 where the A/A control says that the machine was too noisy.")
+    bool, typer.Option("--strict", help="Exit with 1 where the A/A control shows that the machine was too noisy.")
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings. Off by default.")

@@ -33,10 +33,8 @@ def compare(  # noqa: PLR0917 - a command's options
             "folder of weights (or TYPE:PATH), or a recipe.",
         ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is held against it, likewise.")],
-    suite: Annotated[
-        str | None, typer.Option(help="Decode both on this suite first, in one run, and compare them in it.")
-    ] = None,
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it, likewise.")],
+    suite: Annotated[str | None, typer.Option(help="First decode both on this suite, in one run.")] = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,11 +45,11 @@ def compare(  # noqa: PLR0917 - a command's options
         str,
         typer.Option(
             metavar="WHAT",
-            help="A gate fails where this is below the bound: interval (all of it: a significant regression), "
-            "point (the estimate), or lower (any of the interval: shown to be no worse, or failed).",
+            help="What must be below the bound for a gate to fail: interval (all of it: a significant regression), "
+            "point (the estimate), or lower (its lower end: passes only what is shown to be no worse).",
         ),
     ] = "interval",
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     target: TargetName = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -62,10 +60,10 @@ def compare(  # noqa: PLR0917 - a command's options
 ) -> None:
     """Compare two runs, drafters or checkpoints prompt by prompt: what changed from A to B, and how sure that is.
 
-    Two runs: methods of the same name are paired, or the two named. Methods ARM@SEED are the training seeds of ARM;
-    [bold]RUN:ARM[/bold] takes all of them, and the interval covers training again. Checkpoints and recipes are decoded
-    first: [bold]vsdbench compare old/ new/ --suite quickstart[/bold]; --target, --device, --dtype and --limit are for
-    that alone.
+    Of two runs, methods of the same name are paired, or the two that are named. Methods ARM@SEED are the training seeds
+    of ARM; [bold]RUN:ARM[/bold] takes all of them, and the interval then covers training again. Checkpoints and recipes
+    are decoded first: [bold]vsdbench compare old/ new/ --suite quickstart[/bold]; --target, --device, --dtype and
+    --limit are for that alone.
     """
     from rich.text import Text
 

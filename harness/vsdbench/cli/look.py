@@ -30,7 +30,7 @@ def list_(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """List what there is."""
+    """List suites, recipes, objectives, drafters, peers, models or runs."""
     from vsdbench.catalog import entries
 
     found = entries(kind, results)
@@ -49,11 +49,11 @@ def show(  # noqa: PLR0917 - a command's options
     results: Results = None,
     diagnostics: Diagnostics = False,
     spans: Annotated[
-        bool, typer.Option("--spans", help="Of a run: example answers, and which of their tokens were drafted.")
+        bool, typer.Option("--spans", help="Of a run: example answers, with the drafted tokens marked.")
     ] = False,
     drafter: Annotated[
         list[str] | None,
-        typer.Option(help="With --spans: draw this drafter's answers (repeatable; default: two best)."),
+        typer.Option(help="With --spans: show this drafter's answers (repeatable; default: the two best)."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -150,7 +150,7 @@ def cp(
 @app.command()
 @verb
 def validate(files: Annotated[list[Path], typer.Argument(help="Suite or recipe files.")]) -> None:
-    """Check suite and recipe files; the first mistake is named, with what would be right."""
+    """Check suite and recipe files; name the first mistake, and what would be right."""
     from vsdbench.catalog import validate as check
 
     for file in files:
@@ -176,7 +176,7 @@ def schema(
 @app.command()
 @verb
 def doctor(device: Device = "auto", as_json: Json = False, quiet: Quiet = False) -> None:
-    """Look at this machine: device, dtype, bandwidth, caches, what is missing and the command that fixes it."""
+    """Check this machine: device, dtype, bandwidth, caches, and what is missing with the command that fixes it."""
     from vsdbench.doctor import examine, print_examination
 
     with notes(quiet=quiet or as_json).status("measuring"):

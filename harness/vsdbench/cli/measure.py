@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @app.command()
 @verb
 def run(  # noqa: PLR0917 - a command's options
-    items: Annotated[list[str], typer.Argument(metavar="SUITE... [KEY=VALUE...]", help="Suites, and changes to them.")],
+    items: Annotated[list[str], typer.Argument(metavar="SUITE|KEY=VALUE", help="Suites, and changes to them.")],
     target: TargetName = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -53,7 +53,7 @@ def run(  # noqa: PLR0917 - a command's options
     resume: Resume = False,
     run_id: RunId = None,
     results: Results = None,
-    categories: Annotated[bool, typer.Option("--categories", help="Table rows for every category too.")] = False,
+    categories: Annotated[bool, typer.Option("--categories", help="Also table rows for every category.")] = False,
     diagnostics: Diagnostics = False,
     strict: Strict = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -63,7 +63,7 @@ def run(  # noqa: PLR0917 - a command's options
 ) -> None:
     """Decode a suite with every drafter and baseline, measure, print the table, keep the records.
 
-    What is missing is made first: the target is fetched, drafters are trained. Example:
+    What is missing comes first: the target is fetched, drafters are trained. Example:
     [bold]vsdbench run suites/quickstart.yaml --limit 4 repeats=3[/bold]
     """
     from vsdbench.bench.checks import enforce
@@ -133,9 +133,7 @@ def _estimate_one(name: str, options: RunOptions, console: Console, *, as_json: 
 @app.command()
 @verb
 def train(  # noqa: PLR0917 - a command's options
-    items: Annotated[
-        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="Recipes, and changes to them.")
-    ],
+    items: Annotated[list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipes, and changes to them.")],
     target: TargetName = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -145,9 +143,9 @@ def train(  # noqa: PLR0917 - a command's options
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train drafters from recipes; a training that was stopped goes on, one that is finished is found in the cache.
+    """Train drafters from recipes; one that was stopped goes on, one that is finished is found in the cache.
 
-    A recipe with several arms trains all of them, with every seed; [bold]NAME:ARM@SEED[/bold] is one alone.
+    A recipe with several arms trains all of them, with every seed; [bold]NAME:ARM@SEED[/bold] trains one alone.
     """
     from vsdbench import registry
     from vsdbench.processes import joined

@@ -20,7 +20,7 @@ def models(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the targets that need no hub, with how well those that see do; or build one that is made here.
+    """List the targets that need no hub, with the scores of those that read pictures, or build one of these.
 
     A build that was stopped goes on where it was. Example: [bold]vsdbench models build smolvision[/bold]
     """

@@ -13,7 +13,7 @@ from vsdbench.cli.common import Json, Quiet, Results, app, notes, print_json, re
 @app.command()
 @verb
 def report(  # noqa: PLR0917 - a command's options
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs: id, beginning of one, latest, or folder.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs: id, beginning of it, latest, or folder.")],
     output: Annotated[
         Path | None, typer.Option(help="The PDF (default: reports/RUN.pdf, or in $VSDBENCH_REPORTS).")
     ] = None,
@@ -22,9 +22,9 @@ def report(  # noqa: PLR0917 - a command's options
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a paper-style PDF of runs, and every table (CSV, Markdown, LaTeX) and figure (SVG, PDF) beside it.
+    """Write a paper-style PDF of runs, with every table (CSV, Markdown, LaTeX) and figure (SVG, PDF) beside it.
 
-    One run, an ablation, or several runs compared with the first. The same records give the same file.
+    Takes one run, an ablation, or several runs, which are compared with the first. The same records give the same file.
     """
     from vsdbench.paths import reports_dir, results_dir
     from vsdbench.report.paper import default_name, write_report
