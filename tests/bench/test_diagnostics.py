@@ -220,7 +220,7 @@ class TableDrafter:
 
     def propose(self, state, shape, *, temperature, generator):
         self.last = state.tokens[-1]
-        tree = grow(self, shape, temperature=temperature, generator=generator)
+        tree = grow(self, shape, state=state, temperature=temperature, generator=generator)
         if tree.draft_probs is not None:
             self.drawn_from.append(weakref.ref(tree.draft_probs))
         return tree

@@ -65,7 +65,7 @@ def paths(tree):
 
 
 def grown(scorer, shape, seed=0, temperature=1.0):
-    return grow(scorer, shape, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    return grow(scorer, shape, state=None, temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
 
 def check_structure(tree, shape):
@@ -186,7 +186,7 @@ def test_only_sampled_shapes_draw_from_the_generator():
         generator = torch.Generator().manual_seed(0)
         before = generator.get_state()
         shape = TreeShape(kind=kind, budget=6, depth=3, top_k=2)
-        grow(TableScorer(), shape, temperature=1.0, generator=generator)
+        grow(TableScorer(), shape, state=None, temperature=1.0, generator=generator)
         assert torch.equal(before, generator.get_state()) == (kind != "sampled")
 
 
@@ -211,7 +211,7 @@ def test_sampled_children_are_drawn_without_replacement_in_order(temperature):
     probs = torch.softmax(scorer.root().double() / temperature, dim=-1).tolist()
     generator, counts, total = torch.Generator().manual_seed(7), {}, 4000
     for _ in range(total):
-        tree = grow(scorer, shape, temperature=temperature, generator=generator)
+        tree = grow(scorer, shape, state=None, temperature=temperature, generator=generator)
         pair = tuple(tree.tokens.tolist())
         counts[pair] = counts.get(pair, 0) + 1
     pairs = list(itertools.permutations(range(4), 2))

@@ -49,6 +49,7 @@ SHAPES = [
     TreeShape(kind="static", budget=9, depth=4, top_k=3),
     TreeShape(kind="dynamic", budget=9, depth=4, top_k=3),
     TreeShape(kind="sampled", budget=9, depth=4, top_k=3),
+    TreeShape(kind="coupled", budget=9, depth=4, top_k=3),
 ]
 
 

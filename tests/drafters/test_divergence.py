@@ -130,7 +130,7 @@ def test_options_out_of_range_are_refused(build, said):
         build()
 
 
-@pytest.mark.parametrize("name", ["ce", "kl", "rkl", "jsd", "tvd", "topk", "lk"])
+@pytest.mark.parametrize("name", ["ce", "kl", "rkl", "jsd", "tvd", "topk", "lk", "coupled"])
 def test_every_registered_objective_teaches_the_drafter_something(name, toy_target, toy_sequences):
     model = Eagle3Model.from_target(toy_target, torch.arange(4, 50), seed=3)
     head = toy_target.model.get_output_embeddings().weight

@@ -87,11 +87,20 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
         ({"drafters": [{"name": "a", "type": "ngram", "tree": {"depth": 8}}]}, "depth 8 does not fit a budget of 7"),
         (
             {"drafters": [{"name": "a", "type": "ngram", "tree": {"kind": "Auto"}}]},
-            "'drafters.0.tree.kind' is 'Auto': it should be 'chain', 'static', 'dynamic', 'sampled' or 'auto'",
+            "'drafters.0.tree.kind' is 'Auto': it should be 'chain', 'static', 'dynamic', 'coupled', 'sampled' or "
+            "'auto'",
         ),
         (
             {"drafters": [{"name": "a", "type": "ngram", "tree": "Auto"}]},
             "'drafters.0.tree' is 'Auto': it should be 'auto', or a mapping such as {kind: dynamic, budget: 7}",
+        ),
+        (
+            {
+                "drafters": [{"name": "a", "type": "ngram", "tree": {"kind": "coupled"}}],
+                "modes": [{"name": "stochastic", "temperature": 1, "rule": "rejection"}],
+            },
+            "drafter 'a' has a tree of kind 'coupled', which reads the numbers of the rule 'coupled', but mode "
+            "'stochastic' has the rule 'rejection'",
         ),
         ({"generation": 7}, "'generation' is 7: it should be a mapping of keys to values"),
         ({"repeats": 0}, "'repeats' is 0: it should be greater than or equal to 1"),

@@ -75,7 +75,7 @@ class DraftModelDrafter:
         self._base = self._cache.length
         self._ancestry = Ancestry(self.model.device)
         self._positions = torch.arange(self._base, device=self.model.device)  # of all keys
-        tree = grow(self, shape, temperature=temperature, generator=generator)
+        tree = grow(self, shape, state=state, temperature=temperature, generator=generator)
         self._cache.length = self._base
         return tree
 

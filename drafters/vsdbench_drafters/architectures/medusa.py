@@ -253,7 +253,7 @@ class MedusaDrafter:
     @torch.inference_mode()
     def propose(
         self,
-        state: TargetState,  # noqa: ARG002 - the drafter keeps its own copy of what it needs
+        state: TargetState,
         shape: TreeShape,
         *,
         temperature: float,
@@ -263,7 +263,7 @@ class MedusaDrafter:
         if shape.budget < 1 or shape.depth < 1:
             return empty_tree(self._d2t.device)
         shape = replace(shape, depth=min(shape.depth, self.num_heads))
-        return grow(self, shape, temperature=temperature, generator=generator)
+        return grow(self, shape, state=state, temperature=temperature, generator=generator)
 
     def _take(self, features: Tensor) -> None:
         self._feature = features[-1:, -self._width :].to(self._dtype)

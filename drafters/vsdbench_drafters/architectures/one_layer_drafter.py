@@ -245,7 +245,7 @@ class OneLayerDrafter:
     @torch.inference_mode()
     def propose(
         self,
-        state: TargetState,  # noqa: ARG002 - the drafter keeps its own copy of what it needs
+        state: TargetState,
         shape: TreeShape,
         *,
         temperature: float,
@@ -258,7 +258,7 @@ class OneLayerDrafter:
             hidden = self._absorb(*self.take_pending())[-1:]
             self.learn_root(hidden, self.layer.log_probs(hidden)[0])
         self.reserve(shape)
-        return grow(Growth(self), shape, temperature=temperature, generator=generator)
+        return grow(Growth(self), shape, state=state, temperature=temperature, generator=generator)
 
     def propose_together(self, drafters: Sequence[OneLayerDrafter], requests: Sequence[Request]) -> list[TokenTree]:
         """Return what ``propose`` of each would, their rows in one product a level (protocol ``DraftsTogether``)."""

@@ -58,7 +58,7 @@ def propose_together(drafters: Sequence[OneLayerDrafter], requests: Sequence[Req
         return torch.split(layers[0].log_probs(torch.cat(outputs)), [len(output) for output in outputs])
 
     growing = [
-        growth(one, request.shape, temperature=request.temperature, generator=request.generator)
+        growth(one, request.shape, state=request.state, temperature=request.temperature, generator=request.generator)
         for one, request in zip(growths, requests, strict=True)
     ]
     return grow_together(growing, score)

@@ -4,7 +4,8 @@ A larger tree keeps more tokens a step and makes every step dearer; where the be
 on the machine, so it is measured, on prompts that are not in the suite. Two measurements, both with the engine itself:
 
 * *Acceptance.* Plain decoding of some answers, with a wide tree proposed at every position and none sent. What any
-  smaller dynamic tree would have kept is then read off: it holds the most probable of the same nodes.
+  smaller dynamic tree would have kept is then read off: it holds the most probable of the same nodes. Under the rule
+  ``coupled`` the trees are of that kind.
 * *Cost.* A few steps with each of a grid of shapes give the milliseconds of drafting (by depth and children) and of
   verifying (by nodes), and of a plain step.
 
@@ -223,9 +224,9 @@ class Answer:
 
 
 def candidates(limit: TreeShape) -> list[TreeShape]:
-    """Return the dynamic shapes up to ``limit`` that are considered."""
+    """Return the shapes up to ``limit``, and of its kind, that are considered."""
     return [
-        TreeShape(kind="dynamic", budget=budget, depth=depth, top_k=top_k)
+        TreeShape(kind=limit.kind, budget=budget, depth=depth, top_k=top_k)
         for top_k in TOP_KS
         for depth in range(1, limit.depth + 1)
         for budget in BUDGETS
@@ -366,7 +367,8 @@ def choose_trees(
     costs = measure_costs(target, drafter, prompts, first, limit)
     chosen = {}
     for name, settings in modes.items():
-        ranked = rank(watch(target, drafter, prompts, settings, limit), costs, candidates(limit))
+        widest = replace(limit, kind="coupled") if settings.rule == "coupled" else limit
+        ranked = rank(watch(target, drafter, prompts, settings, widest), costs, candidates(widest))
         chosen[name] = play_off(target, drafter, prompts, settings, finalists(ranked))[0]
     return chosen
 

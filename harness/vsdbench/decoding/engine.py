@@ -267,7 +267,9 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
             f"{str(together.target.dtype).removeprefix('torch.')}: use --dtype bf16 or fp32."
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    sequence = _Sequence(index, state, drafter, settings, ending, generator, KeyedWaits(settings.seed))
+    waits = KeyedWaits(settings.seed)
+    state.waits = waits if settings.rule == "coupled" else None
+    sequence = _Sequence(index, state, drafter, settings, ending, generator, waits)
     [(_, first)] = _judge([sequence], [sequence.case(empty_tree(device), state.next_logits[None])])
     state.tokens += first
     drafter.begin(state, max_length)

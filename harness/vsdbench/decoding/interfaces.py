@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ShapeKind = Literal["chain", "static", "dynamic", "sampled"]
+    from vsdbench.decoding.sampling import KeyedWaits
+
+ShapeKind = Literal["chain", "static", "dynamic", "coupled", "sampled"]
 VerifyRule = Literal["greedy", "coupled", "rejection", "traversal"]
 
 
@@ -28,11 +30,13 @@ class TreeShape:
     """What a drafter may propose in one step.
 
     ``chain``: one path. ``static``: a fixed topology filled with the top-ranked children. ``dynamic``: grown by the
-    cumulative draft probability and re-ranked to the budget (EAGLE-2, arXiv 2406.16858). ``sampled``: the fixed
-    topology filled with children drawn without replacement from the draft distribution.
+    cumulative draft probability and re-ranked to the budget (EAGLE-2, arXiv 2406.16858). ``coupled``: grown like
+    ``dynamic`` by what the drafter expects of the draw, whose numbers it reads (``decoding.coupling``); for the rule of
+    that name, and ``dynamic`` at temperature 0. ``sampled``: the fixed topology filled with children drawn without
+    replacement from the draft distribution.
 
     Attributes:
-        kind: One of the four above.
+        kind: One of the five above.
         budget: Draft tokens verified by one target forward, root excluded (N at most).
         depth: Longest root-to-leaf path, in draft tokens.
         top_k: Children expanded a node (1 for a chain).
@@ -117,6 +121,8 @@ class TargetState(Protocol):
     """``[L, H]`` what the language model was given at the prompt's tokens, images included; None for text alone."""
     image_mask: Tensor | None
     """``[L]`` bool, which of the prompt's tokens stand for images; None for text alone."""
+    waits: KeyedWaits | None
+    """The numbers that draw its tokens under the rule ``coupled``; None under the others."""
 
     def commit(self, path: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Keep the root and the accepted nodes of the last forward in the cache and drop the rest.

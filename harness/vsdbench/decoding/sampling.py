@@ -132,7 +132,12 @@ def coupled_token(probs: Tensor, seed: int, position: int) -> int:
     Raises:
         ValueError: If the probabilities are not numbers, or are all 0.
     """
-    speeds = probs.to("cpu", torch.float64).numpy() / keyed_waits(seed, position, len(probs))
+    return first_to_arrive(probs, keyed_waits(seed, position, len(probs)))
+
+
+def first_to_arrive(probs: Tensor, waits: NDArray[np.float64]) -> int:
+    """Return ``coupled_token`` of waiting times that are known: the token with the largest ``probs / waits``."""
+    speeds = probs.to("cpu", torch.float64).numpy() / waits
     token = int(speeds.argmax())
     return winner(token, float(speeds[token]))
 
@@ -161,13 +166,17 @@ class KeyedWaits:
 
     def ahead(self, first: int, count: int, size: int, device: torch.device) -> Tensor:
         """Return ``[count, size]`` float64, the waiting times of ``count`` positions from ``first`` on."""
+        return torch.stack([self.at(position, size, device) for position in range(first, first + count)])
 
-        def of(position: int) -> Tensor:
-            held = self._held.get(position)
-            return send(torch.from_numpy(keyed_waits(self.seed, position, size)), device) if held is None else held
+    def at(self, position: int, size: int, device: torch.device) -> Tensor:
+        """Return ``[size]`` float64, the waiting times of one position."""
+        if position not in self._held:
+            self._held[position] = send(torch.from_numpy(keyed_waits(self.seed, position, size)), device)
+        return self._held[position]
 
-        self._held = {position: of(position) for position in range(first, first + count)}
-        return torch.stack(list(self._held.values()))
+    def forget(self, before: int) -> None:
+        """Drop what is held of positions that have been passed."""
+        self._held = {position: waits for position, waits in self._held.items() if position >= before}
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> int:

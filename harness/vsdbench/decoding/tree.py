@@ -3,7 +3,7 @@
 A drafter supplies a ``LevelScorer``: log-probabilities of the root's children, then of the children of a whole level
 at a time. This module decides which nodes exist. Two ways: a *fixed topology* (``chain``, ``static``, ``sampled``),
 made once a shape, and EAGLE-2's *dynamic* growth (arXiv 2406.16858), which keeps the nodes with the largest product of
-draft probabilities along their path.
+draft probabilities along their path; ``coupled`` trees grow so too, by probabilities that know the numbers of the draw.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from vsdbench.decoding.interfaces import TokenTree, TreeShape
+from vsdbench.decoding.coupling import Foresight
+from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
 from vsdbench.decoding.structure import Numbers
 from vsdbench.models.device import apart, send, send_numbers
 
@@ -67,7 +68,9 @@ def any_chain(num_nodes: int, device: torch.device) -> TokenTree:
     return TokenTree(tokens, range(-1, num_nodes - 1), range(1, num_nodes + 1), tokens.float())
 
 
-def grow(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator: torch.Generator) -> TokenTree:
+def grow(
+    scorer: LevelScorer, shape: TreeShape, *, state: TargetState, temperature: float, generator: torch.Generator
+) -> TokenTree:
     """Return a tree of at most ``shape.budget`` nodes proposed by ``scorer``.
 
     A node has no more children than the drafter's vocabulary has tokens, whatever ``shape.top_k`` says.
@@ -75,11 +78,12 @@ def grow(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator
     Args:
         scorer: The drafter's scoring of one level at a time.
         shape: What may be proposed.
+        state: The sequence; a ``coupled`` shape reads the numbers of its draws, the others never touch it.
         temperature: Temperature of decoding; sampled children are drawn at it (at 1 when decoding is greedy).
         generator: Source of the draws of a ``sampled`` shape; the others never touch it.
     """
     return grow_together(
-        [growth(scorer, shape, temperature=temperature, generator=generator)],
+        [growth(scorer, shape, state=state, temperature=temperature, generator=generator)],
         lambda levels: [scorer.level(*level) for level in levels.values()],
     )[0]
 
@@ -122,14 +126,21 @@ def grow_together(growths: Sequence[Growing], score: Callable[[dict[int, Level]]
     return [trees[index] for index in range(len(growths))]
 
 
-def growth(scorer: LevelScorer, shape: TreeShape, *, temperature: float, generator: torch.Generator) -> Growing:
+def growth(
+    scorer: LevelScorer, shape: TreeShape, *, state: TargetState, temperature: float, generator: torch.Generator
+) -> Growing:
     """Return the growth of a tree; arguments as those of ``grow``, of ``scorer`` all but ``level`` is used."""
     root = scorer.root()
     if shape.budget < 1 or shape.depth < 1:
         return _nothing(root)
     if root.shape[-1] < shape.top_k:
         shape = replace(shape, top_k=root.shape[-1])
-    if shape.kind == "dynamic":
+    if shape.kind == "coupled" and state.waits is not None:
+        ids = scorer.to_target(torch.arange(root.shape[-1], device=root.device))
+        position, vocab_size = len(state.tokens), state.next_logits.shape[-1]
+        foresight = Foresight(state.waits, position, ids, vocab_size, temperature)
+        return foresight.growth(_grow_dynamic(scorer, foresight.informed(root, 0), shape))
+    if shape.kind in {"dynamic", "coupled"}:
         return _grow_dynamic(scorer, root, shape)
     walk = _TopologyWalk(root, shape)
     if shape.kind == "sampled":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree, Verdict, VerifyRule
-from vsdbench.decoding.sampling import KeyedWaits, SamplingParams, coupled_token, inverse_cdf, target_probs, winner
+from vsdbench.decoding.sampling import KeyedWaits, SamplingParams, first_to_arrive, inverse_cdf, target_probs, winner
 from vsdbench.decoding.structure import Numbers, deepest, row_depths
 from vsdbench.errors import ConfigError, did_you_mean
 from vsdbench.models.device import apart, fetch
@@ -90,7 +90,8 @@ class Case:
     ) -> None:
         _check(rule, tree, logits, params)
         self._rule, self._tree, self._logits, self._params = rule, tree, logits, params
-        self._seed, self._position = waits.seed, position
+        self._waits, self._position = waits, position
+        waits.forget(position)
         self._grown = [numbers for numbers in (tree.parents, tree.depths) if isinstance(numbers, Numbers)]
         self.asked = [tree.tokens, *(numbers.there for numbers in self._grown)]
         if not apart(logits.device):
@@ -135,7 +136,13 @@ class Case:
             choices = rows[0].tolist()
             return lambda row: int(choices[row])
         if not rows:
-            return lambda row: coupled_token(step.target(row), self._seed, self._position + step.depths[row])
+            vocab_size, device = self._logits.shape[-1], self._logits.device
+
+            def draw(row: int) -> int:
+                waits = self._waits.at(self._position + step.depths[row], vocab_size, device)
+                return first_to_arrive(step.target(row), waits.numpy())
+
+            return draw
         speeds, winners = (found.tolist() for found in rows)
         return lambda row: winner(winners[row], speeds[row])
 

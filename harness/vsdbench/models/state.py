@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vsdbench.models.device import send_numbers
 from vsdbench.models.kv_cache import PreallocatedCache
+
+if TYPE_CHECKING:
+    from vsdbench.decoding.sampling import KeyedWaits
 
 
 class SequenceState:
@@ -22,6 +26,7 @@ class SequenceState:
         self.next_logits = torch.empty(0)
         self.embeddings: Tensor | None = None
         self.image_mask: Tensor | None = None
+        self.waits: KeyedWaits | None = None
         self._newest = torch.empty(0, dtype=torch.int64)  # the last of the first ``_num_tokens`` tokens
         self._num_tokens = 0
         self.position_offset = 0

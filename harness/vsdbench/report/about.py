@@ -32,6 +32,8 @@ REFERENCES = {
     "arXiv 2509.22134.",
     "eagle3": "Li et al. EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test. "
     "arXiv 2503.01840.",
+    "coupling": "Daliri et al. Coupling without Communication and Drafter-Invariant Speculative Decoding. "
+    "arXiv 2408.07978.",
     "eagle2": "Li et al. EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees. arXiv 2406.16858.",
     "eagle": "Li et al. EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty. arXiv 2401.15077.",
     "medusa": "Cai et al. Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads. "
@@ -62,7 +64,7 @@ _TYPES = {
 }  # fmt: skip
 _OBJECTIVES = {
     "vsd": "vsd", "gto": "gto", "eal": "eal", "rkl": "distillspec", "jsd": "distillspec", "tvd": "distillspec",
-    "topk": "hass", "lk": "lk", "onpolicy": "distillspec", "feature": "eagle",
+    "topk": "hass", "lk": "lk", "coupled": "coupling", "onpolicy": "distillspec", "feature": "eagle",
 }  # fmt: skip
 RECONSTRUCTED = ("vsd", "eal", "gto")
 
@@ -125,8 +127,9 @@ def _baselines(runs: Sequence[Run]) -> str:
 def drafted_with(runs: Sequence[Run]) -> str:
     """Return a clause that cites the architectures and objectives of the drafters."""
     keys = list(dict.fromkeys([_TYPES[t] for t in types(runs) if t in _TYPES]))
-    if any(tree.startswith("dynamic") for run in runs for tree in run.trees.values()):
-        keys.append("eagle2")
+    trees = {tree.partition(" ")[0] for run in runs for tree in run.trees.values()}
+    keys += ["eagle2"] if trees & {"dynamic", "coupled"} else []
+    keys += ["coupling"] if "coupled" in trees else []
     keys += [_OBJECTIVES[name] for name in objectives(runs) if name in _OBJECTIVES]
     cites = "".join(f"[[cite:{key}]]" for key in dict.fromkeys(keys))
     return f"; the drafters, their trees and objectives follow their papers {cites}" if cites else ""

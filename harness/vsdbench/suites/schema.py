@@ -61,7 +61,8 @@ class TreeConfig(Config):
     """The tree that a drafter proposes in one step: draft tokens, longest path, children a node.
 
     Attributes:
-        kind: ``auto`` is the dynamic tree with the best predicted speedup on this machine, within the other three.
+        kind: ``coupled`` is a dynamic tree whose drafter reads the numbers of the draws to come; ``auto`` the dynamic
+            one (coupled for the rule ``coupled``) that is the fastest on this machine, within the other three.
         budget: Draft tokens, at most (7; 32 for ``auto``).
         depth: Longest path (4; 6 for ``auto``).
         top_k: Children a node (4; 8 for ``auto``).
@@ -224,6 +225,17 @@ class SuiteConfig(Config):
         if self.compile and self.batch_sizes != [1]:
             raise ValueError(
                 f"batch_sizes is {self.batch_sizes}, but only single answers are compiled: leave compile out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coupled_trees_have_their_rule(self) -> SuiteConfig:
+        coupled = next((drafter.name for drafter in self.drafters if drafter.tree.kind == "coupled"), None)
+        other = next((mode for mode in self.modes if mode.rule not in {"greedy", "coupled"}), None)
+        if coupled and other:
+            raise ValueError(
+                f"drafter '{coupled}' has a tree of kind 'coupled', which reads the numbers of the rule 'coupled', but "
+                f"mode '{other.name}' has the rule '{other.rule}'; use the kind 'dynamic', or the rule 'coupled'"
             )
         return self
 
