@@ -59,7 +59,7 @@ def test_trees_and_answers_are_those_of_one_at_a_time(target, name):
             torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-4, atol=1e-4)
 
 
-RULES = [("coupled", SHAPES[0]), ("rejection", SHAPES[1]), ("traversal", SHAPES[3])]
+RULES = [("coupled", SHAPES[0]), ("coupled", SHAPES[4]), ("rejection", SHAPES[1]), ("traversal", SHAPES[3])]
 
 
 @pytest.mark.parametrize(("rule", "shape"), RULES, ids=lambda value: getattr(value, "kind", value))
