@@ -22,6 +22,7 @@ RUNS = {
     "ablation-hour": "ablation-hour-cpu-2026-11-25",
     "contest-hour": "contest-hour-cpu-2026-11-26",
     "contest-grounded": "contest-grounded-cpu-2026-11-27",
+    "trees": "trees-cpu-2026-11-27",
     "pictures": "pictures-cpu-2026-11-26",
     "ablation-pictures": "ablation-pictures-cpu-2026-11-26",
 }

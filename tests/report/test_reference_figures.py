@@ -81,6 +81,11 @@ def panels(name, figure):
         yield found
 
 
+def by_colour(names):
+    """The drafters of each colour: from the ninth on colours come again, with other markers."""
+    return {colour: names[index :: len(COLOURS)] for index, colour in enumerate(COLOURS[: len(names)])}
+
+
 def near(expected):
     return pytest.approx(np.array(expected, dtype=float), rel=1e-4, abs=1e-4)
 
@@ -97,20 +102,23 @@ def mode_of(temperature):
 def test_accepted_length_against_cost(name):
     for temperature, marks in zip(temperatures(name), panels(name, "pareto"), strict=True):
         plain = tokens_per_s(chosen(name, faster_baseline(name, temperature), temperature))
-        for drafter, colour in zip(shown(name), COLOURS, strict=False):
-            of = chosen(name, drafter, temperature)
-            cost = tau(of) * plain / tokens_per_s(of)
-            assert np.array(marks[colour, "#ffffff"]) == near([[cost, tau(of)]])
-            assert np.array(marks["end", colour]) == near([[cost, end] for end in tau_interval(of)])
+        for colour, members in by_colour(shown(name)).items():
+            of = [chosen(name, drafter, temperature) for drafter in members]
+            points = [[tau(answers) * plain / tokens_per_s(answers), tau(answers)] for answers in of]
+            assert np.array(marks[colour, "#ffffff"]) == near(points)
+            ends = [[cost, end] for (cost, _), a in zip(points, of, strict=True) for end in tau_interval(a)]
+            assert np.array(marks["end", colour]) == near(ends)
 
 
 @every_report
 def test_acceptance_by_depth(name):
     rates = {(row["drafter"], float(row["T"])): row for row in table(name, "acceptance")}
     for temperature, marks in zip(temperatures(name), panels(name, "acceptance"), strict=True):
-        for drafter, colour in zip(shown(name), COLOURS, strict=False):
-            row = [rate for column, rate in rates[drafter, temperature].items() if column.startswith("depth")]
-            points = [[depth, float(rate)] for depth, rate in enumerate(row, start=1) if rate != "\N{EN DASH}"]
+        for colour, members in by_colour(shown(name)).items():
+            points = []
+            for drafter in members:
+                row = [rate for column, rate in rates[drafter, temperature].items() if column.startswith("depth")]
+                points += [[depth, float(rate)] for depth, rate in enumerate(row, start=1) if rate != "\N{EN DASH}"]
             assert np.array(marks[colour, "#ffffff"]) == near(points)
 
 
@@ -120,11 +128,14 @@ def test_calibration(name):
     of = {drafter: chosen(name, drafter, temperatures(name)[0]) for drafter in shown(name)}
     calibrated = [drafter for drafter in shown(name) if of[drafter][0]["diagnostics"]["calibration"]]
     assert calibrated
-    for drafter in calibrated:
-        bins = [a["diagnostics"]["calibration"] for a in of[drafter]]
-        count, confidence, kept = (sum(np.array(b[key]) for b in bins) for key in ("count", "sum_confidence", "kept"))
-        points = np.stack([confidence, kept], axis=1)[count > 0] / count[count > 0, None]
-        assert np.array(marks[COLOURS[shown(name).index(drafter)], "#ffffff"]) == near(points)
+    for colour, members in by_colour(shown(name)).items():
+        points = []
+        for drafter in filter(calibrated.__contains__, members):
+            bins = [a["diagnostics"]["calibration"] for a in of[drafter]]
+            sums = (sum(np.array(b[key]) for b in bins) for key in ("count", "sum_confidence", "kept"))
+            count, confidence, kept = sums
+            points += (np.stack([confidence, kept], axis=1)[count > 0] / count[count > 0, None]).tolist()
+        assert np.array(marks.get((colour, "#ffffff"), [])) == near(points)
 
 
 @every_report

@@ -209,13 +209,7 @@ def of_rivals(name):
         return
     for temperature in temperatures(name):
         for measure, words in (("speed", "decoding speed"), ("tau", "τ")):
-            assert min(adjusted(name, temperature, measure)[arm] for arm in rivals) >= 0.05, "say who is ahead"
-            by_size = sorted(rivals, key=lambda arm: against_reference(name, arm, temperature, measure).value)
-            ends = [told_of(name, arm, temperature, measure) for arm in (by_size[0], by_size[-1])]
-            yield (
-                f"In {words} at T = {temperature:g}, not established after Holm's adjustment is any of the "
-                f"{len(rivals)} differences from {reference(name)}, from {ends[0]} to {ends[1]}."
-            )
+            yield f"In {words} at T = {temperature:g}, {'; '.join(standings(name, rivals, temperature, measure))}."
     seconds = {
         arm: np.mean([trained(name)[method]["seconds"] for method in told["methods"]])
         for arm, told in arms(name).items()
@@ -227,6 +221,26 @@ def of_rivals(name):
         f"On as many tokens, the training of one seed took from {took[least]} s ({least}) to {took[most]} s ({most}); "
         f"{reference(name)} took {took[reference(name)]} s."
     )
+
+
+def standings(name, rivals, temperature, measure):
+    """Who is ahead of the reference, who behind, and what is not established."""
+    p = adjusted(name, temperature, measure)
+    size = {arm: against_reference(name, arm, temperature, measure).value for arm in rivals}
+    told = {arm: told_of(name, arm, temperature, measure) for arm in rivals}
+    for side, where in ((1, "ahead of"), (-1, "behind")):
+        if sure := [told[arm] for arm in rivals if p[arm] < 0.05 and side * size[arm] > 0]:
+            yield f"{where} {reference(name)} {'is' if len(sure) == 1 else 'are'} {listed(sure)}"
+    unsure = [arm for arm in rivals if p[arm] >= 0.05]
+    if not unsure:
+        return
+    assert len(unsure) == len(rivals), "say what is not established beside what is"
+    which = f"any difference from {reference(name)}: {listed([told[arm] for arm in unsure])}"
+    if len(unsure) > 4:
+        ends = sorted(unsure, key=size.__getitem__)
+        count = f"any of the {len(unsure)} differences from {reference(name)}"
+        which = f"{count}, from {told[ends[0]]} to {told[ends[-1]]}"
+    yield f"not established after Holm's adjustment is {which}"
 
 
 def told_of(name, arm, temperature=None, measure="tau"):
