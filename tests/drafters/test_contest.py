@@ -156,7 +156,7 @@ def test_a_warm_start_is_part_of_the_key(contest, toy_target, toy_data):
 
 
 def test_the_best_evaluation_is_kept(contest, toy_target, toy_data, monkeypatch):
-    """The first of two evaluations is made to look better: its weights are saved, not those of the end."""
+    """The first of two evaluations is made to look better: its weights are saved, not those of the end, and its tau."""
     taus = iter([2.0, 1.5])
     seen = []
 
@@ -171,6 +171,7 @@ def test_the_best_evaluation_is_kept(contest, toy_target, toy_data, monkeypatch)
     trained = train(recipe, target=toy_target)
     summary = json.loads((trained.path / "training.json").read_text())
     assert summary["selected_step"] > 0
+    assert trained.heldout == summary["heldout"] == {"tau": 2.0}
     found = dict(Eagle3Model.load(trained.path, toy_target).named_parameters())
     for name, tensor in seen[0].items():
         assert torch.equal(found[name], tensor), name

@@ -21,7 +21,7 @@ from vsdbench_drafters.training import train as train_module
 from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, draft_vocabulary, plan_batches
 from vsdbench_drafters.training.heldout import HeldOut
 from vsdbench_drafters.training.loop import TrainingLoop
-from vsdbench_drafters.training.optim import lr_scale
+from vsdbench_drafters.training.optim import Optimisers, lr_scale
 from vsdbench_drafters.training.recipe import RecipeConfig, TrainingConfig
 
 IDS = torch.arange(3, 60)
@@ -148,6 +148,36 @@ def test_a_training_that_was_stopped_in_its_last_step_ends_as_one_that_was_not(t
     with pytest.raises(KeyboardInterrupt):
         make_loop(toy_target, toy_sequences, tmp_path / "cut", epochs=1).run(report=stop)
     assert make_loop(toy_target, toy_sequences, tmp_path / "cut", epochs=1).run() == end
+
+
+def test_a_state_goes_back_to_the_device_of_its_parameter():
+    """A checkpoint is read to the host, and an optimiser on a GPU cannot step with what lies there."""
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    optimisers = Optimisers([torch.optim.AdamW([parameter])], {parameter: "fc.weight"})
+    optimisers.load_state({"fc.weight/exp_avg": torch.ones(2)})
+    assert optimisers.members[0].state[parameter]["exp_avg"].device == parameter.device
+
+
+def test_averaged_weights_are_judged_and_trained_ones_go_on(tmp_path, toy_target, toy_sequences):
+    judged, averages = [], []
+
+    def evaluate(drafter, *, autocast):
+        judged.append({name: p.detach().clone() for name, p in drafter.named_parameters()})
+        averages.append({name: mean.clone() for name, mean in loop._average.items()})
+        return {"tau": -float(len(judged))}
+
+    ends = []
+    for evaluations in (1, 3):
+        loop = make_loop(toy_target, toy_sequences, tmp_path / str(evaluations), ema=0.9)
+        loop._heldout, loop._evaluations = SimpleNamespace(evaluate=evaluate), evaluations
+        loop.run()
+        ends.append(weights(loop))
+    assert len(judged) == 4
+    for name, tensor in ends[0].items():
+        assert all(torch.equal(one[name], mean[name]) for one, mean in zip(judged, averages, strict=True)), name
+        assert torch.equal(tensor, ends[1][name]), name
+        assert not torch.equal(judged[1][name], judged[3][name]), name
+        assert torch.equal(judged[3][name], tensor), name
 
 
 def test_training_fits_a_small_set(tmp_path, toy_target, toy_sequences):

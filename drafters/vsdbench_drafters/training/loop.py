@@ -7,6 +7,7 @@ step finish and saves.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from vsdbench_drafters.training.heldout import Evaluator
     from vsdbench_drafters.training.recipe import TrainingConfig
 
-_EVALUATIONS = 12  # over a whole training, where a recipe does not say
+EVALUATIONS = 12
+"""Over a whole training, where a recipe does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class TrainingLoop:
         autocast: bool,
         folder: Path,
         key: str,
-        evaluations: int = _EVALUATIONS,
+        evaluations: int = EVALUATIONS,
         select: str | None = None,
         processes: Processes | None = None,
     ) -> None:
@@ -107,7 +109,7 @@ class TrainingLoop:
         self._evaluations = evaluations
         self._select = select
         self._best: dict[str, Tensor] = {}
-        self._best_value = -math.inf
+        self._best_metrics: dict[str, float] = {}
         self.best_step = 0
         self.seconds = 0.0
 
@@ -135,7 +137,7 @@ class TrainingLoop:
         return self._maker.num_forwards
 
     def run(self, *, resume: bool = True, report: Callable[[Progress], None] = lambda _: None) -> Progress:
-        """Train to the end, then put the averaged weights in place if there are any.
+        """Train to the end, then put the weights in place that are kept: the best, or the averaged, or the last ones.
 
         Args:
             resume: Continue from the folder's checkpoint if there is one of this training.
@@ -204,28 +206,39 @@ class TrainingLoop:
         return sum(part for part, _ in done)
 
     def _finish(self, progress: Progress) -> Progress:
+        """Put the weights in place that are kept; return what the last evaluation, or theirs, showed of them."""
+        self._evaluate(progress.step, progress.tokens, progress.loss)
+        with torch.no_grad():
+            for name, tensor in (self._best or self._average).items():
+                self._trained[name].copy_(tensor)
+        return dataclasses.replace(progress, heldout=self._best_metrics or self._metrics)
+
+    def _evaluate(self, step: int, tokens: int, loss: float) -> None:
+        """Judge the drafter as it would be saved now, log it, and keep its weights if it is the best so far."""
+        heldout = self._heldout
+        with self._averaged():
+            found = self._processes.from_first(
+                lambda: None if heldout is None else heldout.evaluate(self.model, autocast=self._autocast)
+            )
+            if found is None:
+                return
+            if self._select is not None and found[self._select] > self._best_metrics.get(self._select, -math.inf):
+                self._best_metrics, self.best_step = found, step
+                self._best = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._metrics = found
+        self._log(step, tokens, loss)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the averaged weights, if there are any, in the place of the trained ones for a while."""
+        trained = {name: self._trained[name].detach().clone() for name in self._average}
         with torch.no_grad():
             for name, mean in self._average.items():
                 self._trained[name].copy_(mean)
-        self._evaluate(progress.step, progress.tokens, progress.loss)
+        yield
         with torch.no_grad():
-            for name, tensor in self._best.items():
+            for name, tensor in trained.items():
                 self._trained[name].copy_(tensor)
-        return Progress(progress.step, progress.num_steps, progress.tokens, progress.loss, self._metrics)
-
-    def _evaluate(self, step: int, tokens: int, loss: float) -> None:
-        """Judge the drafter as it is, log it, and keep its weights if it is the best so far."""
-        heldout = self._heldout
-        found = self._processes.from_first(
-            lambda: None if heldout is None else heldout.evaluate(self.model, autocast=self._autocast)
-        )
-        if found is None:
-            return
-        self._metrics = found
-        self._log(step, tokens, loss)
-        if self._select is not None and self._metrics[self._select] > self._best_value:
-            self._best_value, self.best_step = self._metrics[self._select], step
-            self._best = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @property
     def _log_path(self) -> Path:
@@ -242,12 +255,12 @@ class TrainingLoop:
             "optimiser": self._optimisers.state(),
             "average": self._average,
             "best": self._best,
+            "best_metrics": {n: torch.tensor(value, dtype=torch.float64) for n, value in self._best_metrics.items()},
             "sums": {name: torch.tensor(sums, dtype=torch.float64) for name, sums in self._sums.items()},
             "counters": {
                 "loss": torch.tensor(loss, dtype=torch.float64),
                 "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 "target_forwards": torch.tensor(self._maker.num_forwards),
-                "best_value": torch.tensor(self._best_value, dtype=torch.float64),
                 "best_step": torch.tensor(self.best_step),
             },
         }
@@ -267,8 +280,8 @@ class TrainingLoop:
         self._optimisers.load_state(groups["optimiser"])
         counters = groups["counters"]
         self.seconds, self._maker.num_forwards = float(counters["seconds"]), int(counters["target_forwards"])
-        self._best_value, self.best_step = float(counters["best_value"]), int(counters["best_step"])
-        self._best = groups.get("best", {})
+        self.best_step, self._best = int(counters["best_step"]), groups.get("best", {})
+        self._best_metrics = {name: float(value) for name, value in groups.get("best_metrics", {}).items()}
         if self._processes.is_first:  # the others' part of the means since the last evaluation is lost
             self._sums = {name: sums.tolist() for name, sums in groups.get("sums", {}).items()}
         return step, float(counters.get("loss", math.nan))

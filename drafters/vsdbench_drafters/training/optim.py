@@ -50,7 +50,7 @@ class Optimisers:
             for key, value in state.items():
                 name, _, field = key.rpartition("/")
                 if id(by_name[name]) in mine:
-                    member.state[by_name[name]][field] = value.clone()
+                    member.state[by_name[name]][field] = value.to(by_name[name].device, copy=True)
 
 
 def make_optimisers(model: nn.Module, config: TrainingConfig) -> Optimisers:

@@ -36,7 +36,7 @@ from vsdbench_drafters.training.features import (
     read_json,
 )
 from vsdbench_drafters.training.heldout import evaluator
-from vsdbench_drafters.training.loop import Progress, TrainingLoop
+from vsdbench_drafters.training.loop import EVALUATIONS, Progress, TrainingLoop
 from vsdbench_drafters.training.recipe import Eagle3Architecture, RecipeConfig, load_recipe, make_objective
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def _run(
         autocast=autocast,
         folder=folder,
         key=folder.name,
-        **({} if evaluation is None else {"evaluations": evaluation.times}),
+        evaluations=EVALUATIONS if evaluation is None else evaluation.times,
         select="tau" if evaluation is not None and evaluation.select == "best" else None,
         processes=processes,
     )
