@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import shutil
@@ -160,6 +161,20 @@ def test_torn_shard_and_torn_result_are_made_again(target):
     again = make(target)
     assert as_lists(again.sequences) == before
     assert not list(again.path.glob("shard-*"))
+
+
+def test_a_shard_that_cannot_be_read_now_is_not_lost(tmp_path, monkeypatch):
+    folder = DataFolder(tmp_path)
+    folder.save_shard([Answer(3, np.arange(4, dtype=np.int32), 2, 0.0, "eos")])
+
+    def busy(*_args, **_kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vsdbench_drafters.training.shards.np.load", busy)
+        with pytest.raises(OSError, match="Too many open files"):
+            folder.load_shards()
+    assert list(folder.load_shards()) == [3]
 
 
 def test_later_stage_gets_fresh_prompts_and_the_same_heldout(target):

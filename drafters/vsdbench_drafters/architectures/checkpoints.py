@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vsdbench.errors import ConfigError, EnvironmentProblemError, is_disk_full
+from vsdbench.store.files import write_atomic
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Drafter
@@ -107,9 +108,8 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_whole(folder / "model.safetensors", plain)
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / "config.json")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_atomic(folder / "config.json", text.encode())
 
 
 def draft_vocabulary_of(folder: Path, size: int, tensors: dict[str, Tensor], target: Target) -> Tensor:

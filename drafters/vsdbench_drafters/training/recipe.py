@@ -19,67 +19,62 @@ from vsdbench_drafters.training.contest import check_fresh, member, split_name
 from vsdbench_drafters.training.data import DataConfig
 
 
-class Eagle3Architecture(Config):
+class _Architecture(Config):
+    """What all drafters have.
+
+    Attributes:
+        draft_vocab_size: Vd, how many rows an LM head has, or how many of the target's are used; a smaller one makes
+            every draft step and the loss cheaper and covers less of the output.
+    """
+
+    draft_vocab_size: int = Field(default=8192, ge=16)
+
+
+class Eagle3Architecture(_Architecture):
     """EAGLE-3 (arXiv 2503.01840): one layer that reads three of the target's hidden states; its LM head is trained.
 
     Attributes:
-        draft_vocab_size: Vd; a smaller one makes every draft step and the loss cheaper and covers less of the output.
         copying: Start with heads that find where the last token stood before and repeat what followed it
             (``architectures.copying``); not EAGLE-3's own start, which learns that late or never.
     """
 
     type: Literal["eagle3"] = "eagle3"
-    draft_vocab_size: int = Field(default=8192, ge=16)
     copying: bool = False
 
 
-class EagleArchitecture(Config):
-    """EAGLE-1 and EAGLE-2 (arXiv 2401.15077, 2406.16858): one layer that predicts the target's last hidden state.
-
-    Attributes:
-        draft_vocab_size: Vd, how many rows of the target's LM head are used.
-    """
+class EagleArchitecture(_Architecture):
+    """EAGLE-1 and EAGLE-2 (arXiv 2401.15077, 2406.16858): one layer that predicts the target's last hidden state."""
 
     type: Literal["eagle"]
-    draft_vocab_size: int = Field(default=8192, ge=16)
 
 
-class MedusaArchitecture(Config):
+class MedusaArchitecture(_Architecture):
     """Medusa (arXiv 2401.10774): heads that each predict one of the next tokens from the target's last hidden state.
 
     Attributes:
-        draft_vocab_size: Vd of every head.
         num_heads: How many tokens are predicted, so how deep a tree can be.
         num_layers: Residual blocks of a head.
     """
 
     type: Literal["medusa"]
-    draft_vocab_size: int = Field(default=8192, ge=16)
     num_heads: int = Field(default=4, ge=1, le=16)
     num_layers: int = Field(default=1, ge=1, le=4)
 
 
-class MsdArchitecture(Config):
-    """MSD (arXiv 2505.14260): EAGLE-1/2's layer, which sees an image's pieces as the target's first layer does.
-
-    Attributes:
-        draft_vocab_size: Vd, how many rows of the target's LM head are used.
-    """
+class MsdArchitecture(_Architecture):
+    """MSD (arXiv 2505.14260): EAGLE-1/2's layer, which sees an image's pieces as the target's first layer does."""
 
     type: Literal["msd"]
-    draft_vocab_size: int = Field(default=8192, ge=16)
 
 
-class ViSpecArchitecture(Config):
+class ViSpecArchitecture(_Architecture):
     """ViSpec (arXiv 2509.15235): EAGLE-1/2's layer, which reads an image as a few vectors.
 
     Attributes:
-        draft_vocab_size: Vd, how many rows of the target's LM head are used.
         num_q: Vectors of an image: all but one stand in its place, one is added to the text behind it.
     """
 
     type: Literal["vispec"]
-    draft_vocab_size: int = Field(default=8192, ge=16)
     num_q: int = Field(default=2, ge=1, le=256)
 
 
@@ -114,8 +109,8 @@ class TrainingConfig(Config):
         batch_tokens: Response tokens gathered for one forward (whole sequences, so slightly more).
         accumulate: Batches for one optimiser step.
         optimiser: ``adamw``, or ``muon`` for the matrices of the layer with AdamW for the rest.
-        lr: Peak learning rate (for ``muon``: of its matrices).
-        vector_lr: Peak of norms; of everything but the layer's matrices with ``muon``.
+        lr: Peak learning rate of the matrices, the LM head apart.
+        vector_lr: Peak of norms and biases.
         head_lr: Peak of the LM head, which starts from the target's. 0 freezes it.
         weight_decay: Of the matrices.
         betas: Of AdamW.
@@ -123,7 +118,7 @@ class TrainingConfig(Config):
         warmup: Share of the steps spent warming up.
         schedule: From the peak to 0: ``linear`` or ``cosine``.
         seed: Of initialisation and data order.
-        ema: Decay of an exponential moving average of the weights that is saved in their place; 0: none.
+        ema: Decay of an exponential moving average of the weights that is judged and saved in their place; 0: none.
         features: ``online`` runs the target for every batch; ``cached`` once, to a file that later arms read.
         keys: Keep the target's keys and values of the data, so that an objective that asks about drafted tokens need
             not run the text before them again; ``auto``: if this recipe's objective asks. A contest says true, so that

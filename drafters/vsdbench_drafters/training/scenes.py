@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,6 @@ class SceneSource:
         text: Prompts without an image; None: nobody will ask for one.
         text_share: Share of the prompts that are from ``text``, the ones of the same index.
     """
-
-    version: ClassVar[int] = SCENES_VERSION
 
     def __init__(self, *, seed: int, split: Split, text: PromptSource | None = None, text_share: float = 0.0) -> None:
         self._seed, self._split = seed, split

@@ -209,14 +209,17 @@ class DataFolder:
         self._write(f"shard-{uuid.uuid4().hex}.npz", lambda stream: np.savez(stream, allow_pickle=False, **arrays))
 
     def load_shards(self) -> dict[int, Answer]:
-        """Return the answers of every shard by key; a shard that cannot be read is removed and made again."""
+        """Return the answers of every shard by key; one that is damaged is removed and made again.
+
+        One that cannot be read now (``OSError``) stays: it holds answers that took hours.
+        """
         found: dict[int, Answer] = {}
         for path in sorted(self.path.glob("shard-*.npz")):
             try:
                 with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                     found.update((answer.key, answer) for answer in _answers(dict(arrays)))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-                path.unlink(missing_ok=True)
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                path.unlink()
         return found
 
     def finish(self, answers: Sequence[Answer], *, next_index: int, meta: dict[str, Any]) -> TrainingData:
