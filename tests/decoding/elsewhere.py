@@ -56,11 +56,12 @@ class Border(TorchDispatchMode):
     Attributes:
         waits: What made the host wait for values, by operation.
         sent: Host tensors that were copied to the device.
+        blocked: Of these, how many the host waited for: ``to`` does where it is not told otherwise.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.sent = Counter(), 0
+        self.waits, self.sent, self.blocked = Counter(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -81,6 +82,7 @@ class Border(TorchDispatchMode):
         if func is _aten._to_copy.default or func is _aten.copy_.default:
             result_there = there[0] if to is None else result_there
             self.sent += result_there and not all(there)
+            self.blocked += result_there and not any(there) and not kwargs.get("non_blocking")
             self.waits[func.name()] += any(there) and not result_there
         elif any(there):
             assert all(there) or all(t.dim() == 0 for t, own in zip(tensors, there, strict=True) if not own), (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.drafters.conftest import ToySequence, make_target
@@ -37,6 +38,20 @@ def make(target, *, copying):
         assert maker.num_forwards == 52
         start_copying(model, features, tokens, seed=0)
     return model
+
+
+def test_slots_of_data_as_it_lies_on_disk(target):
+    """Token ids are small and may not be written: nothing warns of that, and tokens are int64."""
+    sequences = random_sequences(3, 8, seed=1)
+    on_disk = [ToySequence(np.array(sequence.ids, dtype=np.uint16), 2) for sequence in sequences]
+    for sequence in on_disk:
+        sequence.ids.flags.writeable = False
+    head = target.model.get_output_embeddings().weight
+    maker = BatchMaker(on_disk, OnlineFeatures(target, on_disk), head, make(target, copying=False), target)
+    features, tokens = maker.slots(8)
+    assert len(features) == 14
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == sequences[0].ids[1:] + sequences[1].ids[1:]
 
 
 def copied(model, target):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.drafters.plain import cross_entropy, forward_kl
 
+from vsdbench import registry
+from vsdbench_drafters.architectures.eagle import EagleModel
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.objectives.base import DraftBatch, TargetView, unroll
 from vsdbench_drafters.objectives.token import (
@@ -173,6 +176,25 @@ def test_ce_objective_masks_tokens_outside_the_draft_vocabulary(prepared):
     torch.testing.assert_close(output.loss, torch.stack(expected).mean())
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("name", ["ce", "kl", "eal", "feature"])
+def test_an_answer_may_be_shorter_than_there_are_steps(toy_target, toy_sequences, name, number):
+    """The last batch of an epoch may be one answer of two tokens: what lies behind its end counts nothing."""
+    architecture = EagleModel if name == "feature" else Eagle3Model
+    model = architecture.from_target(toy_target, torch.arange(64), seed=3)
+    short = replace(toy_sequences[4], prompt_len=len(toy_sequences[4].ids) - number)
+    head = toy_target.model.get_output_embeddings().weight
+    batch, view = BatchMaker([short], OnlineFeatures(toy_target, [short]), head, model).make([0])
+    assert batch.num_rows == number
+    objective = registry.load("vsdbench.objectives", name)
+    outputs = [objective(ttt_steps=steps).loss(batch, model, view) for steps in (number, 5)]
+    outputs[1].loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    for key, value in outputs[1].metrics.items():
+        expected = outputs[0].metrics.get(key, torch.zeros(()))
+        torch.testing.assert_close(value, expected, msg=key)
+
+
 def test_gradients_flow_through_the_fed_back_hidden_state(prepared):
     model, batch, view = prepared
     second_only = ForwardKL(ttt_steps=2, step_weight=1.0)
@@ -182,6 +204,6 @@ def test_gradients_flow_through_the_fed_back_hidden_state(prepared):
 
 
 def test_view_keeps_double_precision():
-    view = TargetView(torch.randn(2, 3).double(), torch.randn(4, 3).double(), torch.arange(4))
+    view = TargetView(torch.randn(2, 3).double(), torch.randn(4, 3).double(), torch.arange(4), torch.randn(9, 3))
     assert view.probs().dtype == torch.float64
     assert view.probs() is view.probs()

@@ -278,6 +278,7 @@ def test_each_switch_changes_exactly_its_own_term(world):
     added = (judged.weights * rejected).sum()
     assert torch.isclose((plain - ended).sum(), added)
     tested = torch.arange(DEPTH) <= judged.num_accepted[..., None]
+    assert torch.equal(tested, judged.tested)
     mean = (judged.accept * tested).sum() / tested.sum()
     assert torch.isclose((whole - ended).sum(), (1 - mean) * added)
     torch.testing.assert_close(whole - ended, (1 - mean) * (plain - ended))
@@ -296,7 +297,7 @@ def test_each_switch_changes_exactly_its_own_term(world):
 def test_contexts_that_no_path_reached_have_nothing_to_learn(model, targets):
     q, p = tables(8)
     paths, trie, scores, judged = estimated(q, p, count=6, seed=5, model=model)
-    rows = reached(paths, trie, judged)
+    rows = reached(trie, judged)
     wanted = soft_targets(MStepSettings(model=model, targets=targets), paths, trie, scores, judged)
     both = wanted.abs() + rejections(paths, trie, judged, wanted)
     others = torch.ones(len(trie), dtype=torch.bool)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.decoding.tiny import settings
-from tests.drafters.path_tools import DRAFT_IDS, make_setting
+from tests.drafters.path_tools import make_setting
 
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.onpolicy import OnPolicy
-from vsdbench_drafters.objectives.paths import merge, sample_paths, trace
+from vsdbench_drafters.objectives.paths import sample_paths
 from vsdbench_drafters.objectives.token import ForwardKL
 from vsdbench_drafters.objectives.vsd.estep import judge
 from vsdbench_drafters.objectives.vsd.objective import VSD
@@ -84,9 +84,7 @@ def test_expected_acceptance_is_what_decoding_measures(setting):
     anchors = torch.tensor([row])
     branch = setting.branch(anchors)
     paths = sample_paths(setting.model, branch, 6000, depth, torch.Generator().manual_seed(0))
-    trie = merge(paths, len(DRAFT_IDS))
-    hidden = trace(setting.model, branch, trie)
-    scores = objective.score(setting.batch, setting.model, setting.view, anchors, trie, hidden)
+    trie, _, scores = objective.score(setting.batch, setting.model, setting.view, anchors, branch, paths)
     judged = judge(objective.e_settings, paths, trie, scores, torch.Generator().manual_seed(1))
     expected = judged.utility.mean()
     assert abs(judged.num_accepted.double().mean() - expected) < 0.06, "the accept test has the mean that U says"
@@ -146,8 +144,8 @@ def test_on_policy_reverse_kl_is_the_mean_over_paths(setting):
     score = objective.score
 
     def watch_score(*args):
-        seen["scores"], seen["trie"] = score(*args), args[4]
-        return seen["scores"]
+        seen["trie"], _, seen["scores"] = found = score(*args)
+        return found
 
     objective.score = watch_score
     loss = objective.loss(setting.batch, setting.model, setting.view).loss
@@ -167,6 +165,7 @@ def test_on_policy_reverse_kl_is_the_mean_over_paths(setting):
         ({"m_steps": 9}, "m_steps is 9"),
         ({"omega": -1.0}, "omega is -1.0"),
         ({"paths": 0}, "paths is 0"),
+        ({"tree_top_k": 0}, "tree_top_k is 0"),
         ({"share": 0.0}, "share is 0.0"),
         ({"targets": "full", "oracle": False}, "leaves out"),
     ],

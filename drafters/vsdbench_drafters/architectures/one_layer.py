@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vsdbench.config import Config, parse
 from vsdbench.errors import ConfigError
+from vsdbench.models.device import send_numbers
 from vsdbench_drafters.architectures.checkpoints import write_tensors
 from vsdbench_drafters.architectures.layers import RMSNorm, apply_rotary, rotary
 from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
@@ -192,7 +193,7 @@ class LayerContext:
 
         Both contexts go on independently; where paths branch, the rows of a level name their parents' rows.
         """
-        firsts = torch.tensor([own.start for *_, own in self.spans[1:]], dtype=torch.int64, device=rows.device)
+        firsts = send_numbers([own.start for *_, own in self.spans[1:]], rows.device)
         owners = torch.bucketize(rows, firsts, right=True)
         # Read at once for all sequences: each read waits until a GPU has done all that it was given.
         ends = torch.searchsorted(owners, torch.arange(len(self.spans), device=rows.device), right=True).tolist()
@@ -307,7 +308,7 @@ class OneLayerModel(DraftModel):
         spans, masks, positions = [], [], []
         ends = [(span.start, span.start + span.length - 2) for span in batch.spans]
         if entered.slots is not None and ends:
-            ends = torch.searchsorted(entered.slots, torch.tensor(ends, device=hidden.device)).tolist()
+            ends = torch.searchsorted(entered.slots, send_numbers(ends, hidden.device)).tolist()
         for span, (first, stop) in zip(batch.spans, ends, strict=True):
             slots = torch.arange(span.first_slot, span.length - 2, device=hidden.device)
             every = torch.arange(span.length - 2, device=hidden.device)
@@ -395,6 +396,6 @@ class OneLayerModel(DraftModel):
 
     # ---- checkpoints ----
 
-    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors`` in the public format; ``extra`` keys join the config."""
-        write_tensors(folder, self.state_dict(), {**self.config.to_json(), **(extra or {})})
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` in the public format."""
+        write_tensors(folder, self.state_dict(), self.config.to_json())

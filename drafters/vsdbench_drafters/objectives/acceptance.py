@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
-from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, LossOutput, TargetView, unroll
+from vsdbench.models.device import send_numbers
+from vsdbench_drafters.objectives.base import TINY, DraftBatch, DraftContext, DraftModel, LossOutput, TargetView, unroll
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
-from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, merge, trace, tree_paths
+from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, trace, tree_paths
 from vsdbench_drafters.objectives.token import ForwardKL, RowLosses, cross_entropy_rows
 from vsdbench_drafters.objectives.vsd.utility import expected_length
 
@@ -46,20 +48,20 @@ class _Rows(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.to(hidden.dtype)
             wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-            values, gradients = [], []
+            values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+            gradients = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
             for first in range(0, len(hidden), _CHUNK_ROWS):
                 rows = slice(first, first + _CHUNK_ROWS)
-                value, gradient = row_losses((hidden[rows] @ weight.T).to(wide), targets[rows])
-                values.append(value)
-                gradients.append(gradient.to(hidden.dtype))
-        ctx.save_for_backward(hidden, head, torch.cat(gradients))
-        return torch.cat(values)
+                values[rows], gradients[rows] = row_losses((hidden[rows] @ weight.T).to(wide), targets[rows])
+        ctx.save_for_backward(hidden, head, gradients)
+        return values
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # noqa: ANN401
         hidden, head, gradients = ctx.saved_tensors
         weighted = gradients * grad_output[:, None].to(gradients.dtype)
-        return weighted @ head.to(hidden.dtype), (weighted.T @ hidden).to(head.dtype), None, None
+        grad_head = (weighted.T @ hidden).to(head.dtype) if ctx.needs_input_grad[1] else None
+        return weighted @ head.to(hidden.dtype), grad_head, None, None
 
 
 def overlap_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,20 +109,19 @@ class ExpectedAcceptedLength(ForwardKL):
     def loss(self, batch: DraftBatch, drafter: DraftModel, target_view: TargetView) -> LossOutput:
         """Return minus the mean expected accepted length, and the cross-entropy if it has a weight."""
         probs = target_view.probs()
-        accepts, terms = [], []
-        for step, hidden in unroll(drafter, batch, len(self.weights)):
-            rows = len(hidden) - step
-            keep = batch.mask(step)[:rows]
+        hidden = [states for _, states in unroll(drafter, batch, len(self.weights))]
+        accepts = []
+        for step, states in enumerate(hidden):
+            keep = batch.paired(step)
             if self.acceptance == "overlap":
-                values = rows_of(hidden[:rows], drafter.head(step), probs[step:], overlap_rows)
+                values = rows_of(states[: len(keep)], drafter.head(step), probs[step:], overlap_rows)
             else:
-                labels = target_view.target_to_draft[batch.labels(step)][:rows]
+                labels = target_view.target_to_draft[batch.labels(step)][: len(keep)]
                 keep = keep & (labels >= 0)
-                values = rows_of(hidden[:rows], drafter.head(step), labels.clamp(min=0), token_rows)
-            accepts.append(torch.cat([values * keep, values.new_zeros(step)]))
-            if self.soft_weight:
-                terms.append(self.step_loss(step, hidden, batch, drafter, probs))
+                values = rows_of(states[: len(keep)], drafter.head(step), labels.clamp(min=0), token_rows)
+            accepts.append(F.pad(values * keep, (0, len(states) - len(keep))))
         length = expected_length(torch.stack(accepts, dim=-1)).mean()
+        terms = self.step_losses(hidden, batch, drafter, probs) if self.soft_weight else []
         soft = sum((weight * term for weight, term in zip(self.weights, terms, strict=False)), start=0.0)
         metrics = {f"acceptance_step_{i}": a.detach().mean() for i, a in enumerate(accepts)}
         return LossOutput(self.soft_weight * soft - length, metrics | {"expected_length": length.detach()})
@@ -209,9 +210,8 @@ class GroupTree(PathObjective):
         surrogate = torch.minimum(
             ratio * known.advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * known.advantage
         ).mean()
-        metrics = {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)}
-        metrics |= {"tree_reward": known.reward.mean(), "loss_tree": -surrogate.detach()}
-        return LossOutput(self.anchor_loss(terms) - self.omega * surrogate, metrics)
+        metrics = {"tree_reward": known.reward.mean(), "loss_tree": -surrogate.detach()}
+        return self.beside_anchor(-self.omega * surrogate, terms, metrics)
 
     def _plant(
         self, batch: DraftBatch, drafter: DraftModel, view: TargetView, anchors: Tensor, branch: DraftContext
@@ -233,7 +233,7 @@ class GroupTree(PathObjective):
         gain = reward - tree_reward(frozen_accept, frozen.lengths, self.eta)
         best = expected_length(accept).masked_fill(paths.lengths == 0, -torch.inf).argmax(-1)
         chosen = torch.arange(len(best), device=best.device)
-        q = scores.draft[trie.rows, paths.tokens].clamp(min=1e-20).log() * paths.valid
+        q = scores.draft[trie.rows, paths.tokens].clamp(min=TINY).log() * paths.valid
         old = q[chosen, best].sum(-1) / paths.lengths[chosen, best].clamp(min=1)
         return _Round(anchors, paths, trie, best, old, _standardise(gain, batch, anchors), reward, self.m_steps)
 
@@ -241,8 +241,8 @@ class GroupTree(PathObjective):
         self, batch: DraftBatch, drafter: DraftModel, view: TargetView, anchors: Tensor, branch: DraftContext
     ) -> tuple[Paths, Trie, Scores]:
         paths = tree_paths(drafter, branch, budget=self.tree_budget, top_k=self.tree_top_k, depth=self.depth)
-        trie = merge(paths, len(drafter.draft_ids))
-        return paths, trie, self.score(batch, drafter, view, anchors, trie, trace(drafter, branch, trie))
+        trie, _, scores = self.score(batch, drafter, view, anchors, branch, paths)
+        return paths, trie, scores
 
     @staticmethod
     def _log_likelihood(drafter: DraftModel, branch: DraftContext, known: _Round) -> Tensor:
@@ -259,8 +259,7 @@ class GroupTree(PathObjective):
 def _standardise(gain: Tensor, batch: DraftBatch, anchors: Tensor) -> Tensor:
     """Return gains less their sequence's mean, over its deviation; a sequence with one anchor gives 0."""
     result = torch.zeros_like(gain)
-    ends = [span.first_row + span.num_rows for span in batch.spans]
-    bounds = torch.tensor(ends, dtype=torch.int64, device=anchors.device)
+    bounds = send_numbers([span.first_row + span.num_rows for span in batch.spans], anchors.device)
     first = 0
     for stop in torch.searchsorted(anchors, bounds).tolist():  # anchors stand in increasing order
         if stop > first + 1:

@@ -19,9 +19,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from vsdbench.models.device import send, send_numbers
+
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Drafter
     from vsdbench_drafters.objectives.paths import BranchingTarget
+
+TINY = 1e-20
+"""Floor of probabilities inside a logarithm: far below what a float32 softmax gives a token that matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +119,13 @@ class DraftBatch:
                 row += span.num_rows
             start += len(sequence)
         device = features.device
-        flat = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
         empty = torch.empty(0, dtype=torch.int64)
         return cls(
-            flat.to(device),
+            send_numbers([token for sequence in sequences for token in sequence], device),
             features,
             tuple(spans),
-            torch.cat([empty, *slots]).to(device),
-            torch.cat([empty, *ends]).to(device),
+            send(torch.cat([empty, *slots]), device),
+            send(torch.cat([empty, *ends]), device),
             seed,
             None if images is None else images.mask.to(device),
             None if images is None else images.embeddings.to(device),
@@ -149,6 +153,14 @@ class DraftBatch:
         """Return ``[R]`` bool: rows whose prediction at a step still lies inside the sequence."""
         return self.slots + 2 + step < self.ends
 
+    def paired(self, step: int) -> Tensor:
+        """Return ``mask(step)`` of the first R - step rows, 0 at least: those r that have a row r + step.
+
+        Row r at a step is held against what the target says at row r + step (see ``TargetView``). What lies behind
+        these rows is False in ``mask``.
+        """
+        return self.mask(step)[: max(self.num_rows - step, 0)]
+
 
 @dataclass(slots=True)
 class TargetView:
@@ -168,7 +180,7 @@ class TargetView:
     hidden: Tensor
     head: Tensor
     target_to_draft: Tensor
-    full_head: Tensor | None = None
+    full_head: Tensor
     target: BranchingTarget | None = None
     _probs: Tensor | None = field(default=None, repr=False)
 
@@ -268,7 +280,9 @@ class DraftModel(nn.Module):
 class Objective(Protocol):
     """A training objective. It never touches optimisers, data order or checkpoints.
 
-    An attribute ``architectures``, where there is one and it is not None, names those that it can train.
+    It may have more: ``architectures`` that it can train, by name (None: any); ``begin(drafter)``, told before training
+    what is trained; ``m_steps``, how many optimiser steps in a row it is given the same batches for (with the same
+    seeds), 1 if it does not say; ``row_losses``, which ``training.compiled`` compiles.
     """
 
     name: str

@@ -1,8 +1,7 @@
 """Objectives that compare the drafter's distribution q with the target's p by something else than forward KL.
 
-Each is a plain function of logits and probabilities, written as its paper writes it, and a class that trains with it.
-The classes use closed-form gradients: for a loss with dL/dq = g, dL/dlogits is q (g - Σ q g). The tests hold every
-class against automatic differentiation of its plain function.
+Gradients are written down: for a loss with dL/dq = g, dL/dlogits is q (g - Σ q g). The tests hold every class against
+automatic differentiation of the loss as its paper writes it.
 
 Shape legend: R rows, Vd draft vocabulary. p is normalised over the draft vocabulary.
 """
@@ -15,73 +14,8 @@ import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
+from vsdbench_drafters.objectives.base import TINY
 from vsdbench_drafters.objectives.token import DistributionObjective
-
-_TINY = 1e-20
-"""Floor of probabilities inside a logarithm: far below what a float32 softmax gives a token that matters."""
-
-
-def reverse_kl(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """Return ``[R]`` Σ q log(q / p) (DistillSpec, arXiv 2310.08461): zero-forcing, q stays where p is.
-
-    >>> reverse_kl(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
-    tensor([0.1438])
-    """
-    return (draft_probs * (_log(draft_probs) - _log(target_probs))).sum(-1)
-
-
-def jensen_shannon(draft_probs: Tensor, target_probs: Tensor, beta: float = 0.5) -> Tensor:
-    """Return ``[R]`` β KL(p ‖ m) + (1 - β) KL(q ‖ m), m = β p + (1 - β) q (DistillSpec, arXiv 2310.08461).
-
-    >>> jensen_shannon(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))  # disjoint: log 2
-    tensor([0.6931])
-    """
-    log_m = _log(beta * target_probs + (1 - beta) * draft_probs)
-    towards_target = (target_probs * (_log(target_probs) - log_m)).sum(-1)
-    return beta * towards_target + (1 - beta) * (draft_probs * (_log(draft_probs) - log_m)).sum(-1)
-
-
-def total_variation(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """Return ``[R]`` ½ Σ |p - q| = 1 - Σ min(p, q): one minus the chance that a sampled token is accepted.
-
-    >>> total_variation(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
-    tensor([0.2500])
-    """
-    return 0.5 * (draft_probs - target_probs).abs().sum(-1)
-
-
-def top_k_cross_entropy(draft_probs: Tensor, target_probs: Tensor, k: int = 10) -> Tensor:
-    """Return ``[R]`` -Σ p log q over the k likeliest tokens of p, not renormalised (HASS, arXiv 2408.15766).
-
-    >>> top_k_cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]), k=1)
-    tensor([0.5199])
-    """
-    top = target_probs.topk(min(k, target_probs.shape[-1]), dim=-1)
-    return -(top.values * _log(draft_probs).gather(-1, top.indices)).sum(-1)
-
-
-def log_acceptance(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """Return ``[R]`` -log Σ min(p, q), the LK-α loss (arXiv 2602.23881).
-
-    >>> log_acceptance(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
-    tensor([0.2877])
-    """
-    return -_log(torch.minimum(draft_probs, target_probs).sum(-1))
-
-
-def acceptance_mixture(draft_probs: Tensor, target_probs: Tensor, eta: float = 3.0) -> Tensor:
-    """Return ``[R]`` λ KL(p ‖ q) + (1 - λ) TV, λ = exp(-η α), the LK-λ loss (arXiv 2602.23881).
-
-    α = Σ min(p, q) is taken a row and held constant: a token that is rarely accepted learns by KL, one that often is
-    by total variation.
-
-    >>> acceptance_mixture(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]]))
-    tensor([0.2374])
-    """
-    distance = total_variation(draft_probs, target_probs)
-    share = torch.exp(-eta * (1 - distance.detach()))
-    forward = (target_probs * (_log(target_probs) - _log(draft_probs))).sum(-1)
-    return share * forward + (1 - share) * distance
 
 
 class ReverseKL(DistributionObjective):
@@ -111,10 +45,10 @@ class JensenShannon(DistributionObjective):
         """Return losses and gradients; dL/dq is (1 - β) log(q / m), since the other terms cancel."""
         draft, target = torch.softmax(logits, dim=-1), targets.to(logits.dtype)
         mixed = _log(self.beta * target + (1 - self.beta) * draft)
-        return (
-            jensen_shannon(draft, target, self.beta),
-            _through_softmax(draft, (1 - self.beta) * (_log(draft) - mixed)),
-        )
+        ratio = _log(draft) - mixed
+        towards_target = (target * (_log(target) - mixed)).sum(-1)
+        losses = self.beta * towards_target + (1 - self.beta) * (draft * ratio).sum(-1)
+        return losses, _through_softmax(draft, (1 - self.beta) * ratio)
 
 
 class TotalVariation(DistributionObjective):
@@ -178,13 +112,14 @@ class LogAcceptance(DistributionObjective):
         """Return losses and gradients of the chosen form."""
         draft, target = torch.softmax(logits, dim=-1), targets.to(logits.dtype)
         if self.form == "alpha":
-            accepted = torch.minimum(draft, target).sum(-1).clamp(min=_TINY)
+            accepted = torch.minimum(draft, target).sum(-1).clamp(min=TINY)
             return -accepted.log(), _through_softmax(draft, -(draft < target).to(draft.dtype) / accepted[:, None])
         difference = draft - target
         distance = 0.5 * difference.abs().sum(-1)
-        share = torch.exp(-self.eta * (1 - distance))[:, None]
-        gradient = share * difference + (1 - share) * _through_softmax(draft, 0.5 * difference.sign())
-        return acceptance_mixture(draft, target, self.eta), gradient
+        share = torch.exp(-self.eta * (1 - distance))
+        losses = share * (target * (_log(target) - _log(draft))).sum(-1) + (1 - share) * distance
+        share = share[:, None]
+        return losses, share * difference + (1 - share) * _through_softmax(draft, 0.5 * difference.sign())
 
 
 def _through_softmax(draft_probs: Tensor, slope: Tensor) -> Tensor:
@@ -193,4 +128,4 @@ def _through_softmax(draft_probs: Tensor, slope: Tensor) -> Tensor:
 
 
 def _log(probs: Tensor) -> Tensor:
-    return probs.clamp(min=_TINY).log()
+    return probs.clamp(min=TINY).log()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
+from vsdbench.models.device import send
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView, unroll
 from vsdbench_drafters.objectives.token import ForwardKL, mean_weights
 
@@ -70,14 +71,14 @@ class FeatureRegression(ForwardKL):
                 f"objective 'feature' needs a drafter that predicts the target's last hidden state, and "
                 f"{type(drafter).__name__} does not: train architecture 'eagle' with it."
             )
-        probs, width = target_view.probs(), target_view.hidden.shape[-1]
+        disturbed = _disturbed(batch, target_view.hidden.shape[-1], self.noise)
+        hidden = [states for _, states in unroll(drafter, disturbed, len(self.weights))]
         total = torch.zeros((), device=batch.tokens.device)
         metrics: dict[str, Tensor] = {}
-        for step, hidden in unroll(drafter, _disturbed(batch, width, self.noise), len(self.weights)):
-            rows = len(hidden) - step  # row r at this step predicts the feature that row r + step predicts first
-            share = mean_weights(batch.mask(step)[:rows].float())
-            regression = (smooth_l1(hidden[:rows], target_view.hidden[step:]) * share).sum()
-            soft = self.step_loss(step, hidden, batch, drafter, probs)
+        for step, soft in enumerate(self.step_losses(hidden, batch, drafter, target_view.probs())):
+            keep = batch.paired(step)  # row r at this step predicts the feature that row r + step predicts first
+            distances = smooth_l1(hidden[step][: len(keep)], target_view.hidden[step:])
+            regression = (distances * mean_weights(keep.float())).sum()
             total = total + self.weights[step] * (self.feature_weight * regression + self.soft_weight * soft)
             metrics |= {f"feature_step_{step}": regression.detach(), f"loss_step_{step}": soft.detach()}
         return LossOutput(total, metrics)
@@ -90,5 +91,5 @@ def _disturbed(batch: DraftBatch, width: int, noise: float) -> DraftBatch:
     generator = torch.Generator().manual_seed(batch.seed)
     drawn = noise * (2 * torch.rand(len(batch.tokens), width, generator=generator) - 1)
     features = batch.features.clone()
-    features[:, -width:] += drawn.to(features)
+    features[:, -width:] += send(drawn, features.device).to(features.dtype)
     return replace(batch, features=features)

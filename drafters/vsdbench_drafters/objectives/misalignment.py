@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective
-from vsdbench_drafters.objectives.paths import Paths, join, merge, trace, tree_paths
+from vsdbench_drafters.objectives.paths import Paths, join, tree_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,7 @@ def misalignment(
     greedy = tree_paths(drafter, branch, budget=depth, top_k=1, depth=depth)
     leaves = tree_paths(drafter, branch, budget=budget, top_k=top_k, depth=depth)
     paths = join(greedy, leaves)
-    trie = merge(paths, len(drafter.draft_ids))
-    scores = asked.score(batch, drafter, view, anchors, trie, trace(drafter, branch, trie))
+    trie, _, scores = asked.score(batch, drafter, view, anchors, branch, paths)
     agreed = (scores.choices[trie.rows] == paths.tokens) & paths.valid
     kept = agreed.int().cumprod(-1).sum(-1)
     return _count(paths, kept)

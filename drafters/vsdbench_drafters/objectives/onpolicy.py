@@ -15,7 +15,6 @@ from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives import divergence, token
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
-from vsdbench_drafters.objectives.paths import merge, trace
 
 _DIVERGENCES: dict[str, type[token.DistributionObjective]] = {
     "kl": token.ForwardKL,
@@ -51,9 +50,7 @@ class OnPolicy(PathObjective):
         anchors = self.place(batch, generator)
         terms, branch = self.walk(batch, drafter, target_view, anchors)
         paths = self.propose(drafter, branch, generator)
-        trie = merge(paths, len(drafter.draft_ids))
-        hidden = trace(drafter, branch, trie)
-        scores = self.score(batch, drafter, target_view, anchors, trie, hidden)
+        trie, hidden, scores = self.score(batch, drafter, target_view, anchors, branch, paths)
         valid = paths.valid
         share = (1 / (paths.lengths > 0).sum(-1).clamp(min=1)).float()[:, None, None] * valid
         weights = torch.zeros(len(trie), device=hidden.device).index_add_(0, trie.rows.flatten(), share.flatten())
@@ -65,5 +62,4 @@ class OnPolicy(PathObjective):
             weights * (self.omega / max(1, len(anchors))),
             self._divergence.row_losses,
         )
-        metrics = {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)}
-        return LossOutput(path_term + self.anchor_loss(terms), metrics | {"loss_paths": path_term.detach()})
+        return self.beside_anchor(path_term, terms, {"loss_paths": path_term.detach()})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
-from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, TargetView, unroll
+from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel, LossOutput, TargetView, unroll
 from vsdbench_drafters.objectives.paths import (
     Paths,
     Scores,
@@ -16,9 +16,11 @@ from vsdbench_drafters.objectives.paths import (
     choose_anchors,
     draft_probs,
     join,
+    merge,
     oracle,
     sample_paths,
     target_probs,
+    trace,
     tree_paths,
 )
 from vsdbench_drafters.objectives.token import ForwardKL
@@ -60,7 +62,8 @@ class PathObjective(ForwardKL):
         tree_top_k: int = 4,
     ) -> None:
         super().__init__(ttt_steps=ttt_steps, step_weight=step_weight)
-        for option, value in (("anchors", anchors), ("paths", paths), ("depth", depth), ("tree_budget", tree_budget)):
+        counts = {"anchors": anchors, "paths": paths, "depth": depth}
+        for option, value in (counts | {"tree_budget": tree_budget, "tree_top_k": tree_top_k}).items():
             if value < 1:
                 raise ConfigError(f"{self.name}: {option} is {value}; use at least 1.")
         if not 0 < share <= 1:
@@ -103,19 +106,40 @@ class PathObjective(ForwardKL):
         return found[0] if len(found) == 1 else join(*found)
 
     def score(  # noqa: PLR0917 - what both models need to know
-        self, batch: DraftBatch, drafter: DraftModel, view: TargetView, anchors: Tensor, trie: Trie, hidden: Tensor
-    ) -> Scores:
-        """Return both models' distributions in every context; ``hidden`` are the drafter's ``[M, H]`` outputs."""
-        if view.target is None or view.full_head is None:
+        self,
+        batch: DraftBatch,
+        drafter: DraftModel,
+        view: TargetView,
+        anchors: Tensor,
+        context: DraftContext,
+        paths: Paths,
+    ) -> tuple[Trie, Tensor, Scores]:
+        """Return the contexts of paths, the drafter's ``[M, H]`` outputs there with their graph, and what both say.
+
+        Args:
+            batch: The batch.
+            drafter: ψ.
+            view: The target's, with a target to ask.
+            anchors: ``[A]`` rows of the batch.
+            context: The drafter's at these anchors, at step 0.
+            paths: What was proposed below them.
+        """
+        if view.target is None:
             raise ConfigError(f"objective '{self.name}' asks the target about drafted tokens, and has none to ask.")
-        below = oracle(batch, anchors, trie, drafter.draft_ids, view.target)
+        on_host = merge(paths, len(drafter.draft_ids))
+        trie = on_host.to(anchors.device)
+        hidden = trace(drafter, context, trie)
+        below = oracle(batch, anchors, on_host, drafter.draft_ids, view.target)
         states = torch.cat([view.hidden[anchors], below.to(view.hidden.dtype)]) if len(below) else view.hidden[anchors]
         probs, choices = target_probs(states, view.full_head, drafter.draft_ids)
-        return Scores(draft_probs(drafter, hidden.detach()), probs, view.target_to_draft[choices])
+        return trie, hidden, Scores(draft_probs(drafter, hidden.detach()), probs, view.target_to_draft[choices])
 
-    def anchor_loss(self, terms: list[Tensor]) -> Tensor | float:
-        """Return the weighted sum of the anchor loss's terms."""
-        return sum((weight * term for weight, term in zip(self.weights, terms, strict=False)), start=0.0)
+    def beside_anchor(self, path_term: Tensor, terms: list[Tensor], metrics: dict[str, Tensor]) -> LossOutput:
+        """Return the sum of a path term and the anchor loss, whose terms ``walk`` gave, and all that is logged."""
+        anchor = sum((weight * term for weight, term in zip(self.weights, terms, strict=False)), start=0.0)
+        return LossOutput(
+            path_term + anchor, metrics | {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)}
+        )
 
 
 def check_choice(objective: str, option: str, value: str, known: tuple[str, ...]) -> None:

@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.models.branching import Branches
+from vsdbench.models.device import send
 from vsdbench_drafters.largest import largest
+from vsdbench_drafters.objectives.token import elements_at_once
 
 if TYPE_CHECKING:
     from vsdbench_drafters.objectives.base import DraftBatch, DraftContext, DraftModel
 
 _SCORE_ROWS = 256  # contexts whose whole-vocabulary logits are alive at a time, in the head's dtype
-_SOFTMAX_ROWS = 16  # of them, as float32: what stays in a CPU's cache
-_SUM_ELEMENTS = 1 << 17  # running sums in float64, likewise
+_SOFTMAX_ROWS = 16  # of them, as float32 on a CPU: what stays in its cache
 
 
 class BranchingTarget(Protocol):
@@ -85,17 +86,18 @@ class Trie:
     def __len__(self) -> int:
         return len(self.parents)
 
-    def to(self, device: torch.device | str) -> Trie:
-        """Return it on a device."""
-        return Trie(
-            self.parents.to(device), self.tokens.to(device), self.anchors.to(device), self.levels, self.rows.to(device)
+    def to(self, device: torch.device) -> Trie:
+        """Return one that is on the host on a device."""
+        parents, tokens, anchors, rows = (
+            send(part, device) for part in (self.parents, self.tokens, self.anchors, self.rows)
         )
+        return Trie(parents, tokens, anchors, self.levels, rows)
 
     @property
     def depths(self) -> Tensor:
-        """``[M]`` int64: tokens drafted before each context."""
+        """``[M]`` int64, on the host: tokens drafted before each context."""
         counts = torch.tensor([b - a for a, b in zip(self.levels, self.levels[1:], strict=False)])
-        return torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.parents.device)
+        return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def choose_anchors(batch: DraftBatch, per_sequence: int, generator: torch.Genera
         span = batch.spans[index]
         rows = torch.randperm(span.num_rows, generator=generator)[:per_sequence]
         chosen.append(rows.sort().values + span.first_row)
-    return torch.cat(chosen).to(batch.slots.device)
+    return send(torch.cat(chosen), batch.slots.device)
 
 
 @torch.no_grad()
@@ -152,7 +154,7 @@ def sample_paths(
     hidden, drawn = context.hidden, []
     for level in range(depth):
         probs = draft_probs(drafter, drafter.norm(hidden))
-        uniform = torch.rand(num_anchors, num_paths, generator=generator, dtype=torch.float64).to(device)
+        uniform = send(torch.rand(num_anchors, num_paths, generator=generator, dtype=torch.float64), device)
         token = draw(probs, row, uniform)
         drawn.append(token)
         if level + 1 < depth:
@@ -223,7 +225,7 @@ def _leaves(tokens: Tensor, parents: Tensor, kept: Tensor, depth: int) -> Paths:
         for index, path in enumerate(paths):
             padded[anchor, index, : len(path)] = torch.tensor(path)
             lengths[anchor, index] = len(path)
-    return Paths(padded.to(device), lengths.to(device), 0)
+    return Paths(send(padded, device), send(lengths, device), 0)
 
 
 def join(first: Paths, second: Paths) -> Paths:
@@ -236,7 +238,7 @@ def join(first: Paths, second: Paths) -> Paths:
 
 
 def merge(paths: Paths, vocab: int) -> Trie:
-    """Return the trie of all paths of all anchors; found on the host, which waits for a GPU once and not every level.
+    """Return the trie of all paths of all anchors, on the host, which waits for a GPU once and not every level.
 
     Args:
         paths: The paths.
@@ -260,8 +262,7 @@ def merge(paths: Paths, vocab: int) -> Trie:
         row = torch.zeros_like(row).masked_scatter(alive, inverse + levels[-1])
         rows.append(row)
         levels.append(levels[-1] + len(distinct))
-    found = Trie(torch.cat(parents), torch.cat(tokens), torch.cat(anchors), tuple(levels), torch.stack(rows, dim=-1))
-    return found.to(paths.tokens.device)
+    return Trie(torch.cat(parents), torch.cat(tokens), torch.cat(anchors), tuple(levels), torch.stack(rows, dim=-1))
 
 
 def trace(drafter: DraftModel, context: DraftContext, trie: Trie) -> Tensor:
@@ -290,16 +291,14 @@ def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, ta
     Args:
         batch: The batch.
         anchors: ``[A]`` rows of the batch.
-        trie: The contexts.
+        trie: The contexts, on the host.
         draft_ids: ``[Vd]`` the target id of every draft id.
         target: The target.
     """
     num_anchors, device = len(anchors), anchors.device
     roots = (batch.slots[anchors] + 1).cpu()  # the token below which an anchor drafts
-    trie = trie.to("cpu")
     below = roots[trie.anchors[num_anchors:]]
-    order: list[Tensor] = []
-    states: list[Tensor] = []
+    order, states = list[Tensor](), list[Tensor]()
     for span in batch.spans:
         mine = ((below >= span.start) & (below < span.start + span.length)).nonzero()[:, 0]
         if len(mine) == 0:
@@ -311,7 +310,7 @@ def oracle(batch: DraftBatch, anchors: Tensor, trie: Trie, draft_ids: Tensor, ta
         states.append(target.branch_states(span.start, prefix, branches))
     if not order:
         return torch.empty(0, 0, device=device)
-    return torch.cat(states)[torch.cat(order).argsort().to(device)]
+    return torch.cat(states)[send(torch.cat(order).argsort(), device)]
 
 
 def _branches(trie: Trie, rows: Tensor, roots: Tensor, draft_ids: Tensor) -> Branches:
@@ -328,8 +327,8 @@ def _branches(trie: Trie, rows: Tensor, roots: Tensor, draft_ids: Tensor) -> Bra
         level = (depths == depth).nonzero()[:, 0]
         lineage[level, : depth - 1] = lineage[parents[level], : depth - 1]
         lineage[level, depth - 1] = level
-    device = draft_ids.device
-    return Branches(draft_ids[trie.tokens[rows].to(device)], roots.to(device), lineage.to(device))
+    tokens, roots, lineage = (send(part, draft_ids.device) for part in (trie.tokens[rows], roots, lineage))
+    return Branches(draft_ids[tokens], roots, lineage)
 
 
 def draft_probs(drafter: DraftModel, hidden: Tensor) -> Tensor:
@@ -354,13 +353,14 @@ def target_probs(states: Tensor, head: Tensor, draft_ids: Tensor) -> tuple[Tenso
     wide = torch.float64 if head.dtype == torch.float64 else torch.float32
     probs = torch.empty(len(states), len(draft_ids), dtype=wide, device=states.device)
     choices = torch.empty(len(states), dtype=torch.int64, device=states.device)
-    whole = torch.empty(_SOFTMAX_ROWS, len(head), dtype=wide, device=states.device)  # reused: fresh pages cost more
+    at_once = _SOFTMAX_ROWS if states.device.type == "cpu" else _SCORE_ROWS
+    whole = torch.empty(at_once, len(head), dtype=wide, device=states.device)  # reused: fresh pages cost more
     with torch.autocast(states.device.type, enabled=False):
         for first in range(0, len(states), _SCORE_ROWS):
             logits = states[first : first + _SCORE_ROWS].to(head.dtype) @ head.T
             choices[first : first + len(logits)] = largest(logits)[1]
-            for start in range(0, len(logits), _SOFTMAX_ROWS):
-                some = logits[start : start + _SOFTMAX_ROWS].to(wide)
+            for start in range(0, len(logits), at_once):
+                some = logits[start : start + at_once].to(wide)
                 found = torch.softmax(some, dim=-1, out=whole[: len(some)])
                 torch.index_select(found, 1, draft_ids, out=probs[first + start : first + start + len(some)])
     return probs, choices
@@ -383,7 +383,7 @@ def draw(probs: Tensor, rows: Tensor, uniform: Tensor, total: Tensor | None = No
     wanted = torch.zeros(len(probs), int(counts.max()) if len(owner) else 0, dtype=torch.float64, device=rows.device)
     wanted[owner, place] = uniform.flatten()[order]  # the draws of each row, side by side
     found = torch.empty(wanted.shape, dtype=torch.int64, device=rows.device)
-    step = max(1, _SUM_ELEMENTS // probs.shape[-1])
+    step = max(1, elements_at_once(probs.device) // 2 // probs.shape[-1])  # running sums are float64
     for first in range(0, len(probs), step):
         some = slice(first, first + step)
         cumulative = probs[some].double().cumsum(-1)

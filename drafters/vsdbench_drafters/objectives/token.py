@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 _PRODUCT_ELEMENTS = 1 << 22  # logits that one product makes
 _CHUNK_ELEMENTS = 1 << 18  # of them, those that are float32 at a time: 1 MiB stays in the cache of a CPU core
+_GPU_ELEMENTS = 1 << 25  # the same of a GPU, which has no such cache and waits for the host between two chunks
+
+
+def elements_at_once(device: torch.device) -> int:
+    """Return how many float32 numbers of a ``[rows, Vd]`` matrix are worked on together.
+
+    >>> elements_at_once(torch.device("cpu")) < elements_at_once(torch.device("cuda"))
+    True
+    """
+    return _CHUNK_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
 
 
 def step_weights(num_steps: int, decay: float = 0.8) -> list[float]:
@@ -121,8 +131,9 @@ def _sweep(  # noqa: PLR0917 - one step of what ``fused_steps`` has
     """Return one step's weighted sum of losses; fill ``gradient`` ``[R, Vd]`` with its gradient by the logits."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=hidden.device)
-    chunk = max(1, _CHUNK_ELEMENTS // len(weight))
-    product = chunk * max(1, _PRODUCT_ELEMENTS // _CHUNK_ELEMENTS)
+    at_once = elements_at_once(hidden.device)
+    chunk = max(1, at_once // len(weight))
+    product = chunk * max(1, _PRODUCT_ELEMENTS // at_once)
     for start in range(0, len(hidden), product):
         logits = hidden[start : start + product] @ weight.T
         for offset in range(0, len(logits), chunk):
@@ -209,28 +220,14 @@ class DistributionObjective:
             drafter: Whose LM head is applied.
             probs: ``[R, Vd]`` of the target; row r at step i is held against its row r + i.
         """
-        rows = [len(states) - step for step, states in enumerate(hidden)]
+        keep = [batch.paired(step) for step in range(len(hidden))]
         return step_terms(
             drafter,
-            [states[:count] for states, count in zip(hidden, rows, strict=True)],
+            [states[: len(rows)] for states, rows in zip(hidden, keep, strict=True)],
             [probs[step:] for step in range(len(hidden))],
-            [mean_weights(batch.mask(step)[:count].float()) for step, count in enumerate(rows)],
+            [mean_weights(rows.float()) for rows in keep],
             self.row_losses,
         )
-
-    def step_loss(self, step: int, hidden: Tensor, batch: DraftBatch, drafter: DraftModel, probs: Tensor) -> Tensor:
-        """Return the mean over the kept rows of one step.
-
-        Args:
-            step: The step.
-            hidden: ``[R, H]`` the drafter's normed outputs there.
-            batch: The batch.
-            drafter: Whose LM head is applied.
-            probs: ``[R, Vd]`` of the target; row r at this step is held against its row r + step.
-        """
-        rows = len(hidden) - step
-        keep = batch.mask(step)[:rows].float()
-        return fused(hidden[:rows], drafter.head(step), probs[step:], mean_weights(keep), self.row_losses)
 
 
 class ForwardKL(DistributionObjective):

@@ -21,6 +21,7 @@ from torch import Tensor
 from vsdbench.config import content_hash
 from vsdbench.errors import EnvironmentProblemError, is_disk_full
 from vsdbench.models.branching import key_shape
+from vsdbench.models.device import send
 from vsdbench.store.files import FileLock
 from vsdbench_drafters.objectives.base import ImageTokens
 from vsdbench_drafters.training.features import Features, run_target, shown
@@ -111,7 +112,7 @@ class CachedFeatures:
     def read(self, indices: Sequence[int]) -> Features:
         """Return features in the files' dtype; keys and values are views of their file."""
         spans = [slice(self._offsets[i], self._offsets[i + 1]) for i in indices]
-        states = torch.cat([self._states[span] for span in spans]).to(self._device)
+        states = send(torch.cat([self._states[span] for span in spans]), self._device)
         images = None if self._images is None else _unpacked(torch.cat([self._images[span] for span in spans]))
         if self._keys is None:
             return Features(states, images=images)

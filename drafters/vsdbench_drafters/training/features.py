@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vsdbench.errors import ConfigError
 from vsdbench.models.branching import Branches, branch_states, branch_states_behind
+from vsdbench.models.device import send, send_numbers
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, ImageTokens, TargetView
 
@@ -132,7 +133,7 @@ def _run_texts(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[
         tokens[row, : len(ids)] = torch.tensor([int(token) for token in ids])
     # Padding stands on the right, where no real token can see it, so causal attention needs no mask.
     with target.as_shipped() as model:
-        output = model.get_decoder()(input_ids=tokens.to(target.device), use_cache=keys)
+        output = model.get_decoder()(input_ids=send(tokens, target.device), use_cache=keys)
     states = torch.cat([*target.entered(), output.last_hidden_state], dim=-1)
     layers = [(layer.keys, layer.values) for layer in output.cache.layers] if keys else []
     found = []
@@ -186,7 +187,8 @@ class BatchMaker:
         starts = [0, *accumulate(len(sequence) for sequence in ids)]
         asked = None
         if self.target is not None:
-            asked = _Asked(self, dict(zip(starts, found.keys, strict=False)), dict(zip(starts, chosen, strict=False)))
+            keys = dict(zip(starts, found.keys, strict=False))
+            asked = _Asked(self, self.target, keys, dict(zip(starts, chosen, strict=False)))
         return batch, TargetView(rows, self._draft_head, self._table, self.head, asked)
 
     def slots(self, number: int) -> tuple[Tensor, Tensor]:
@@ -202,38 +204,35 @@ class BatchMaker:
                 text &= ~read.images.mask.to(text.device)
             self.num_forwards += isinstance(self.source, OnlineFeatures)
             features.append(read.states[text])
-            tokens.append(torch.as_tensor(sequence.ids, dtype=torch.int64, device=text.device)[text])
+            tokens.append(send_numbers([int(token) for token in sequence.ids], text.device)[text])
             found += len(tokens[-1])
         return torch.cat(features), torch.cat(tokens)
-
-    def ask(self, sequence: Sequenced, prefix: Tensor, branches: Branches, keys: Tensor | None = None) -> Tensor:
-        """Ask the target about tokens drafted in a sequence; see ``branching.branch_states``."""
-        if self.target is None:
-            raise ConfigError("this objective asks the target about drafted tokens, and has none to ask.")
-        self.num_forwards += 1
-        seen = shown(sequence, len(prefix)) if keys is None else None
-        if isinstance(seen, ImagePrompt):
-            return branch_states_behind(self.target, seen, branches)
-        return branch_states(self.target, prefix, branches, keys)
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The target as the view of one batch asks it (protocol ``BranchingTarget``): by way of the maker, which counts.
+    """The target as the view of one batch asks it (protocol ``BranchingTarget``).
 
     Attributes:
-        maker: The maker.
+        maker: Counts the forwards.
+        target: The target.
         keys: Keys and values of the batch's sequences by their first token, as far as they are kept.
         sequences: The sequences, likewise.
     """
 
     maker: BatchMaker
+    target: Target
     keys: dict[int, Tensor]
     sequences: dict[int, Sequenced]
 
     def branch_states(self, first: int, prefix: Tensor, branches: Branches) -> Tensor:
         """Ask about tokens drafted in the sequence that starts at ``first``."""
-        return self.maker.ask(self.sequences[first], prefix, branches, self.keys.get(first))
+        self.maker.num_forwards += 1
+        keys = self.keys.get(first)
+        seen = shown(self.sequences[first], len(prefix)) if keys is None else None
+        if isinstance(seen, ImagePrompt):
+            return branch_states_behind(self.target, seen, branches)
+        return branch_states(self.target, prefix, branches, keys)
 
 
 def response_rows(sequences: Sequence[Sequenced]) -> list[int]:

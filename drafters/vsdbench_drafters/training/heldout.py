@@ -100,8 +100,8 @@ class HeldOut:
         device_type = batch.slots.device.type
         with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast):
             for step, hidden in unroll(drafter, batch, NUM_STEPS):
-                rows = batch.num_rows - step
-                keep = batch.mask(step)[:rows]
+                keep = batch.paired(step)
+                rows = len(keep)
                 log_q = torch.log_softmax(F.linear(hidden[:rows], drafter.head(step)).float(), dim=-1)
                 probs = reference.view.probs()[step:]
                 agreed = (drafter.draft_ids[log_q.argmax(-1)] == reference.choice[step:]) & keep

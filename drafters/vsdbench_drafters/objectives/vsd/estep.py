@@ -13,15 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vsdbench.models.device import send
+from vsdbench_drafters.objectives.base import TINY
 from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, draw
-from vsdbench_drafters.objectives.vsd.utility import (
-    TINY,
-    Acceptance,
-    acceptance,
-    elbo,
-    expected_length,
-    log_validity,
-)
+from vsdbench_drafters.objectives.vsd.utility import Acceptance, acceptance, elbo, expected_length, log_validity
 from vsdbench_drafters.objectives.vsd.weighting import (
     effective_sample_size,
     importance_weights,
@@ -62,6 +57,8 @@ class Judged:
 
     Attributes:
         accept: ``[A, S, L]`` a_t; 0 behind a path's end.
+        kept: ``[A, S, L]`` bool, tokens that were accepted, all before them too.
+        tested: ``[A, S, L]`` bool, these and the one that was rejected; what is behind it is unreachable when decoding.
         num_accepted: ``[A, S]`` τ_s.
         correction: ``[A, S]`` draft id of the token that replaces the rejected one; -1: none, or one that the drafter
             cannot draft.
@@ -71,6 +68,8 @@ class Judged:
     """
 
     accept: Tensor
+    kept: Tensor
+    tested: Tensor
     num_accepted: Tensor
     correction: Tensor
     weights: Tensor
@@ -92,17 +91,17 @@ def judge(settings: EStepSettings, paths: Paths, trie: Trie, scores: Scores, gen
     valid = paths.valid
     q, p = scores.draft[trie.rows, paths.tokens], scores.target[trie.rows, paths.tokens]
     accept = acceptance(settings.model, q, p, scores.choices[trie.rows] == paths.tokens) * valid
-    uniform = torch.rand(*accept.shape, generator=generator, dtype=torch.float64).to(accept.device)
+    uniform = send(torch.rand(*accept.shape, generator=generator, dtype=torch.float64), accept.device)
     passed = (uniform < accept) if settings.oracle else valid
-    num_accepted = passed.int().cumprod(-1).sum(-1)
-    second = torch.rand(*num_accepted.shape, generator=generator, dtype=torch.float64).to(accept.device)
+    kept = passed.int().cumprod(-1).bool()
+    num_accepted = kept.sum(-1)
+    tested = valid & (torch.arange(valid.shape[-1], device=valid.device) <= num_accepted[..., None])
+    second = send(torch.rand(*num_accepted.shape, generator=generator, dtype=torch.float64), accept.device)
     correction = torch.full_like(num_accepted, -1)
     if settings.oracle:
         correction = _correct(settings.model, paths, trie, scores, num_accepted, second)
     log_q, log_p = q.clamp(min=TINY).log(), p.clamp(min=TINY).log()
     utility = expected_length(accept)
-    depth = torch.arange(valid.shape[-1], device=valid.device)
-    kept = valid & (depth < num_accepted[..., None])
     log_weights = torch.zeros_like(utility)
     if settings.kl:
         # Only draws have a proposal density; leaves of a tree are enumerated.
@@ -114,7 +113,8 @@ def judge(settings: EStepSettings, paths: Paths, trie: Trie, scores: Scores, gen
     if settings.beta is not None:
         log_weights = log_weights + utility / settings.beta
     weights = _weigh(settings, log_weights, paths, generator)
-    return Judged(accept, num_accepted, correction, weights, utility, elbo(log_q, log_p, accept, valid))
+    bound = elbo(log_q, log_p, accept, valid)
+    return Judged(accept, kept, tested, num_accepted, correction, weights, utility, bound)
 
 
 def _correct(  # noqa: PLR0917 - one step of ``judge``
@@ -173,10 +173,6 @@ def path_metrics(paths: Paths, trie: Trie, scores: Scores, judged: Judged) -> di
     ``path_utility``: mean U. ``path_acceptance_d``: mean a at depth d over paths that reach it. ``brier``: mean squared
     distance of q from the outcome of the accept test, over tokens that were tested.
     """
-    valid = paths.valid
-    depth = torch.arange(valid.shape[-1], device=valid.device)
-    reached = valid & (depth <= judged.num_accepted[..., None])
-    passed = (depth < judged.num_accepted[..., None]).to(scores.draft.dtype)
     q = scores.draft[trie.rows, paths.tokens]
     real = (paths.lengths > 0).to(q.dtype)
     count = real.sum().clamp(min=1)
@@ -184,11 +180,10 @@ def path_metrics(paths: Paths, trie: Trie, scores: Scores, judged: Judged) -> di
         "ess": effective_sample_size(judged.weights).mean(),
         "path_tau": (judged.num_accepted * real).sum() / count,
         "path_utility": (judged.utility * real).sum() / count,
-        "brier": ((q - passed).square() * reached).sum() / reached.sum().clamp(min=1),
+        "brier": ((q - judged.kept.to(q.dtype)).square() * judged.tested).sum() / judged.tested.sum().clamp(min=1),
     }
     if paths.sampled:
         metrics["elbo"] = judged.bound[:, : paths.sampled].mean()
-    for level in range(valid.shape[-1]):
-        at = reached[..., level]
-        metrics[f"path_acceptance_{level + 1}"] = (judged.accept[..., level] * at).sum() / at.sum().clamp(min=1)
+    for level, (accept, at) in enumerate(zip(judged.accept.unbind(-1), judged.tested.unbind(-1), strict=True), start=1):
+        metrics[f"path_acceptance_{level}"] = (accept * at).sum() / at.sum().clamp(min=1)
     return metrics

@@ -49,27 +49,25 @@ def soft_targets(settings: MStepSettings, paths: Paths, trie: Trie, scores: Scor
     The path term is (1 / A) Σ C · (-log q): every accepted token of path s counts w_s, its correction w_s v. Tokens
     behind a rejection are unreachable when decoding and count nothing.
     """
-    depth = torch.arange(paths.tokens.shape[-1], device=paths.tokens.device)
-    tested = paths.valid & (depth <= judged.num_accepted[..., None])
-    share = _correction_share(settings, tested, judged)
+    share = _correction_share(settings, judged)
     targets = torch.zeros_like(scores.target)
-    weights = judged.weights[..., None].expand(tested.shape)
+    weights = judged.weights[..., None]
     if settings.targets == "full":
         reach = torch.zeros(len(trie), dtype=targets.dtype, device=targets.device)
-        reach.index_add_(0, trie.rows.flatten(), (weights * tested).flatten().to(targets.dtype))
+        reach.index_add_(0, trie.rows.flatten(), (weights * judged.tested).flatten().to(targets.dtype))
         kept, emitted = _expected_tokens(settings.model, paths, trie, scores)
         return reach[:, None] * (kept + share[trie.anchors][:, None] * (emitted - kept))
-    accepted = paths.valid & (depth < judged.num_accepted[..., None])
-    targets.index_put_((trie.rows, paths.tokens), (weights * accepted).to(targets.dtype), accumulate=True)
+    targets.index_put_((trie.rows, paths.tokens), (weights * judged.kept).to(targets.dtype), accumulate=True)
     corrected = judged.correction >= 0
-    last = judged.num_accepted.clamp(max=len(depth) - 1)[..., None]
+    last = judged.num_accepted.clamp(max=paths.tokens.shape[-1] - 1)[..., None]
     rows = trie.rows.gather(-1, last)[..., 0]
     values = (judged.weights * share[:, None] * corrected).to(targets.dtype)
     return targets.index_put_((rows, judged.correction.clamp(min=0)), values, accumulate=True)
 
 
-def _correction_share(settings: MStepSettings, tested: Tensor, judged: Judged) -> Tensor:
+def _correction_share(settings: MStepSettings, judged: Judged) -> Tensor:
     """Return ``[A]`` v of the correction token: as the drafter improves, weight moves from corrections to paths."""
+    tested = judged.tested
     if not settings.correction:
         return torch.zeros(len(tested), device=tested.device)
     if not settings.arw:
@@ -91,20 +89,16 @@ def _expected_tokens(model: Acceptance, paths: Paths, trie: Trie, scores: Scores
 
 
 @torch.no_grad()
-def reached(paths: Paths, trie: Trie, judged: Judged) -> Tensor:
+def reached(trie: Trie, judged: Judged) -> Tensor:
     """Return ``[r]`` int64, the contexts in which some path's token was tested: no other one has anything to learn."""
-    depth = torch.arange(paths.tokens.shape[-1], device=paths.tokens.device)
-    tested = paths.valid & (depth <= judged.num_accepted[..., None])
-    count = torch.zeros(len(trie), dtype=torch.int64, device=tested.device)
-    return count.index_add_(0, trie.rows.flatten(), tested.flatten().long()).nonzero()[:, 0]
+    count = torch.zeros(len(trie), dtype=torch.int64, device=judged.tested.device)
+    return count.index_add_(0, trie.rows.flatten(), judged.tested.flatten().long()).nonzero()[:, 0]
 
 
 @torch.no_grad()
 def rejections(paths: Paths, trie: Trie, judged: Judged, like: Tensor) -> Tensor:
     """Return ``[M, Vd]`` 1 - a of every distinct child that the oracle rejected, 0 elsewhere."""
-    depth = torch.arange(paths.tokens.shape[-1], device=paths.tokens.device)
-    rejected = paths.valid & (depth == judged.num_accepted[..., None])
-    return _largest_at(trie, paths, (1 - judged.accept) * rejected, like)
+    return _largest_at(trie, paths, (1 - judged.accept) * (judged.tested & ~judged.kept), like)
 
 
 def _largest_at(trie: Trie, paths: Paths, values: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, LossOutput, TargetView
 from vsdbench_drafters.objectives.path_objective import PathObjective, check_choice
-from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, merge, trace
+from vsdbench_drafters.objectives.paths import Paths, Scores, Trie, trace
 from vsdbench_drafters.objectives.token import fused
 from vsdbench_drafters.objectives.vsd.estep import EStepSettings, Judged, Sampler, judge, path_metrics
 from vsdbench_drafters.objectives.vsd.mstep import MStepSettings, path_rows, reached, rejections, soft_targets
@@ -109,11 +109,9 @@ class VSD(PathObjective):
             hidden = trace(drafter, branch, known.trie)
         else:
             paths = self.propose(drafter, branch, generator)
-            trie = merge(paths, len(drafter.draft_ids))
-            hidden = trace(drafter, branch, trie)
-            scores = self.score(batch, drafter, target_view, anchors, trie, hidden)
+            trie, hidden, scores = self.score(batch, drafter, target_view, anchors, branch, paths)
             judged = judge(self.e_settings, paths, trie, scores, generator)
-            rows = reached(paths, trie, judged)
+            rows = reached(trie, judged)
             targets = self.targets(paths, trie, scores, judged)[rows]
             known = _Round(anchors, trie, rows, targets, path_metrics(paths, trie, scores, judged), self.m_steps)
         if known.left > 1:
@@ -121,8 +119,7 @@ class VSD(PathObjective):
         weights = torch.full((len(known.rows),), 1 / max(1, len(anchors)), device=hidden.device)
         losses = path_rows(self.omega, self.car, self.m_settings.car)
         path_term = fused(hidden[known.rows], drafter.head(), known.targets, weights, losses)
-        metrics = known.metrics | {f"loss_step_{i}": term.detach() for i, term in enumerate(terms)}
-        return LossOutput(path_term + self.anchor_loss(terms), metrics | {"loss_paths": path_term.detach()})
+        return self.beside_anchor(path_term, terms, known.metrics | {"loss_paths": path_term.detach()})
 
     def targets(self, paths: Paths, trie: Trie, scores: Scores, judged: Judged) -> Tensor:
         """Return ``[M, 2, Vd]``: soft targets and rejections of every context."""

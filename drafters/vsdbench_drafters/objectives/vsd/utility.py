@@ -10,10 +10,9 @@ from typing import Literal
 
 from torch import Tensor
 
-Acceptance = Literal["sampled", "tree", "greedy"]
+from vsdbench_drafters.objectives.base import TINY
 
-TINY = 1e-20
-"""Floor of probabilities inside a logarithm."""
+Acceptance = Literal["sampled", "tree", "greedy"]
 
 
 def acceptance(model: Acceptance, q: Tensor, p: Tensor, is_choice: Tensor) -> Tensor:

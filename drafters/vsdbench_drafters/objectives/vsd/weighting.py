@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vsdbench.models.device import send
+
 _BISECTIONS = 24
 
 
@@ -70,7 +72,7 @@ def metropolis_hastings_weights(log_weights: Tensor, real: Tensor, generator: to
     """
     num_anchors, num_paths = log_weights.shape
     device = log_weights.device
-    uniform = torch.rand(num_anchors, num_paths, generator=generator, dtype=torch.float64).to(device)
+    uniform = send(torch.rand(num_anchors, num_paths, generator=generator, dtype=torch.float64), device)
     current = torch.zeros(num_anchors, 1, dtype=torch.int64, device=device)
     visits = torch.zeros_like(log_weights)
     for proposal in range(num_paths):
