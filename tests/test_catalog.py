@@ -47,6 +47,12 @@ def test_what_cannot_be_read_is_listed_as_such(tmp_path, monkeypatch):
     assert "manifest.json is not JSON" in run["description"]
 
 
+def test_models_are_said_to_be_what_they_are():
+    said = {entry["name"]: entry["description"] for entry in catalog.entries("models")}
+    assert said["smollm2-135m-q4"].startswith("SmolLM2-135M-Instruct, its 4-bit weights")
+    assert said["smolvision"].startswith("SmolLM2-135M-Instruct with a SigLIP tower")
+
+
 def test_plugins_are_all_listed():
     assert {"ngram", "draft_model", "eagle3"} <= {entry["name"] for entry in catalog.entries("drafters")}
     assert {"ce", "kl"} <= {entry["name"] for entry in catalog.entries("objectives")}

@@ -11,7 +11,7 @@ from typing import Any
 from vsdbench import registry
 from vsdbench.config import load_yaml, parse
 from vsdbench.errors import ConfigError, did_you_mean
-from vsdbench.models.source import list_models
+from vsdbench.models.source import describe, list_models
 from vsdbench.paths import cache_dir, list_data, results_dir
 from vsdbench.pictures.settings import BUILT_MODELS, METADATA, built_folder
 from vsdbench.store.store import list_runs, load_manifest
@@ -126,8 +126,8 @@ def _from_run(run: Path) -> dict[str, Any]:
 
 def _cached(name: str) -> str:
     if name in BUILT_MODELS:
-        settings = BUILT_MODELS[name]
         state = "in the cache" if (built_folder(name) / METADATA).is_file() else "built when first used"
-        return f"{settings.description}; {state}"
-    cached = any((cache_dir() / "models").glob(f"{name}-*"))
-    return "in the cache" if cached else "fetched from the package index when first used"
+    else:
+        cached = any((cache_dir() / "models").glob(f"{name}-*"))
+        state = "in the cache" if cached else "fetched from the package index when first used"
+    return f"{describe(name)}; {state}"

@@ -113,7 +113,7 @@ def test_arms_are_what_the_records_say(report):
 def test_the_text_has_arms_and_the_files_have_cells(report):
     folder, _ = report
     source = (folder / "report.typ").read_text(encoding="utf-8")
-    assert 'title: "Which parts of vsd pay? An ablation on tiny"' in source
+    assert 'title: "Which parts of vsd help? An ablation (suite tiny)"' in source
     assert 'key: "ablation"' in source
     assert "@0" not in source
     assert {row["drafter"] for row in rows_of(folder, "main")} == {
@@ -121,8 +121,9 @@ def test_the_text_has_arms_and_the_files_have_cells(report):
     }  # fmt: skip
     assert {row["drafter"] for row in rows_of(folder, "lossless")} == {*TRUTH, "warm-start"}
     summary = source[source.index("summary:") : source.index("size:")]
-    assert re.search(r'lower, so that what is taken away pays, in "; name\("no-car"\)', summary)
+    assert re.search(r'lower, so that what is taken away helps, in "; name\("no-car"\)', summary)
     assert "over 2 training seeds and 12 prompts" in summary
+    assert 'Of the parts, "; name("car"); " is Confidence-Aware Regularization' in source
 
 
 def test_misalignment_is_that_of_all_seeds_together(report):
@@ -151,12 +152,26 @@ def test_findings_say_what_is_established_and_what_is_not():
         arm("no-arw", 0.5, 0.8, disabled=["arw"]), arm("kl", -1.0, 0.2, control=True),
     ]  # fmt: skip
     said = " ".join(findings({"reference": "vsd", "arms": arms, "equal_tokens": False}))
-    assert "pays, in `no-car` by \N{MINUS SIGN}3.0 % (\N{MINUS SIGN}4.0 to \N{MINUS SIGN}2.0)" in said
+    assert "helps, in `no-car` by \N{MINUS SIGN}3.0 % (\N{MINUS SIGN}4.0 to \N{MINUS SIGN}2.0)" in said
     assert "τ is higher in `no-kl` by 2.0 % (1.0 to 3.0)" in said
     assert "No change of τ is established for `no-arw`." in said
-    assert "control differs: `kl` by" in said
-    assert "2.0 to 0.0), which is not established." in said
+    assert "In τ, the control's difference from `vsd` is not established: `kl` by" in said
     assert "not trained on equally many tokens" in said
+
+
+def test_controls_are_said_to_differ_only_where_that_is_established():
+    vsd = {"name": "vsd", "delta_tau_pct": None, "p_tau_holm": None}
+
+    def said(*p_values):
+        beside = [arm(f"c{i}", 1.0, p, control=True) for i, p in enumerate(p_values)]
+        [sentence] = findings({"reference": "vsd", "arms": [vsd, *beside]})
+        return sentence
+
+    both = "`c0` by 1.0 % (0.0 to 2.0) and `c1` by 1.0 % (0.0 to 2.0)"
+    assert said(0.01) == "In τ, the control differs from `vsd`: `c0` by 1.0 % (0.0 to 2.0)."
+    assert said(0.01, 0.02) == f"In τ, the controls differ from `vsd`: {both}."
+    assert said(0.01, 0.2) == f"In τ, the controls differ from `vsd`: {both}; not established: `c1`."
+    assert said(0.1, 0.2) == f"In τ, no control's difference from `vsd` is established: {both}."
 
 
 def contest(*arms):
@@ -185,21 +200,21 @@ def test_objectives_are_said_to_be_ahead_or_behind_and_never_to_be_parts():
             arm("vsd-full", 0.5, 0.8, change={"objective.options.targets": "full"}))  # fmt: skip
     said = findings(contest(*arms))
     assert said[0] == (
-        f"In decoding speed at T = 0, ahead of `vsd` is `tvd` by 1.5 % (0.5 to 2.5); behind `vsd` is `ce` by {m}2.0 % "
-        f"({m}3.0 to {m}1.0); not established after Holm's adjustment is `vsd-full` by 0.2 % ({m}0.8 to 1.2)."
+        f"In decoding speed at T = 0, ahead of `vsd`: `tvd` by 1.5 % (0.5 to 2.5); behind `vsd`: `ce` by {m}2.0 % "
+        f"({m}3.0 to {m}1.0); not established after Holm's adjustment: `vsd-full` by 0.2 % ({m}0.8 to 1.2)."
     )
-    assert said[1].startswith("In τ at T = 0, ahead of `vsd` is `tvd` by 3.0 % (2.0 to 4.0); behind")
+    assert said[1].startswith("In τ at T = 0, ahead of `vsd`: `tvd` by 3.0 % (2.0 to 4.0); behind")
     assert [words.startswith(f"In {what} at T = 1") for words, what in zip(said[2:], ("decoding", "τ"), strict=False)]
-    assert "pays" not in " ".join(said)
+    assert "helps" not in " ".join(said)
     assert "No change" not in " ".join(said)
-    assert said[-1] == f"Against `vsd`, the control differs: `warm-start` by {m}2.0 % ({m}3.0 to {m}1.0)."
+    assert said[-1] == f"In τ, the control differs from `vsd`: `warm-start` by {m}2.0 % ({m}3.0 to {m}1.0)."
 
 
 def test_nothing_established_and_parts_beside_objectives():
     said = " ".join(
         findings(contest(arm("kl", 1.0, 0.3, **objective("kl")), arm("no-car", 2.0, 0.01, disabled=["car"])))
     )
-    unsure = "not established after Holm's adjustment is any difference from `vsd`: `kl` by 1.0 % (0.0 to 2.0)."
+    unsure = "no difference from `vsd` is established after Holm's adjustment: `kl` by 1.0 % (0.0 to 2.0)."
     assert f"In τ at T = 0, {unsure}" in said
     assert "τ is higher in `no-car` by 2.0 %" in said
     assert said.count("`no-car`") == 1
@@ -209,16 +224,16 @@ def test_of_many_differences_that_are_not_established_the_ends_are_told():
     m = "\N{MINUS SIGN}"
     many = [arm(f"arm{i}", float(i - 1), 0.5, **objective("kl")) for i in range(5)]
     told = f"from `arm0` by {m}1.0 % ({m}2.0 to 0.0) to `arm4` by 3.0 % (2.0 to 4.0)."
-    unsure = "not established after Holm's adjustment is any of"
-    assert f"In τ at T = 0, {unsure} the 5 differences from `vsd`, {told}" in findings(contest(*many))
+    unsure = "established after Holm's adjustment: 5 arms,"
+    assert f"In τ at T = 0, no difference from `vsd` is {unsure} {told}" in findings(contest(*many))
     first, *_ = findings(contest(*many, arm("ce", 9.0, 0.01, **objective("ce"))))[1:]
-    assert first.startswith("In τ at T = 0, ahead of `vsd` is `ce` by 9.0 %")
-    assert first.endswith(f"; {unsure} 5 others, {told}")
+    assert first.startswith("In τ at T = 0, ahead of `vsd`: `ce` by 9.0 %")
+    assert first.endswith(f"; not {unsure} {told}")
 
 
 def test_the_least_and_the_most_that_training_took():
     both = arm("kl", 1.0, 0.3, **objective("kl")), arm("rkl", 1.0, 0.3, **objective("onpolicy"))
-    told = "On as many tokens, the training of one seed took from 30 s (`kl`) to 80 s (`vsd`)."
+    told = "Trained on equally many tokens, one seed took from 30 s (`kl`) to 80 s (`vsd`)."
     assert cost_words(contest(*both)) == told
     third = arm("gto", 1.0, 0.3, **objective("gto"))
     assert cost_words(contest(*both, third)).endswith("to 140 s (`gto`); `vsd` took 80 s.")
@@ -231,8 +246,8 @@ def test_the_report_of_a_contest_asks_for_the_objective(store_run):
         one |= {"disabled": [], "change": {"objective": {"type": one["name"], "options": {}}}}
     run = load_run(store_run(ablation_run(), "run-1", ablation=listed))
     document = build([run], title=None, files="r")
-    assert document.title == "Which objective makes decoding faster? Three arms compared on tiny"
-    assert re.search(r"In τ at T = 0, behind `vsd` is `no-car` by .* is `no-arw` by", " ".join(document.summary))
+    assert document.title == "Which objective makes decoding faster? Three arms compared (suite tiny)"
+    assert re.search(r"In τ at T = 0, behind `vsd`: `no-car` by .*; not .*: `no-arw` by", " ".join(document.summary))
     section = next(section for section in document.sections if section.title == "Contest of objectives")
     assert "differs from `vsd` in the objective or the setting that is named" in section.blocks[0]
     assert not any("part" in block for block in (*document.summary, section.blocks[0]))

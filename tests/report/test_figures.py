@@ -6,7 +6,7 @@ import matplotlib as mpl
 import pytest
 
 from vsdbench.bench.summary import summarise
-from vsdbench.report import figures
+from vsdbench.report import figures, plots
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,21 @@ def test_no_text_overlaps_other_text(make_run, num_drafters):
         legend = figure.legends[0].get_window_extent()
         assert legend.x0 >= 0
         assert legend.x1 <= figure.bbox.width
+
+
+def test_rays_are_named_inside_their_frame_and_beside_all_intervals(summary):
+    figure = plots.pareto_figure(summary)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        frame = axes.get_window_extent()
+        names = [text.get_window_extent() for text in axes.texts]
+        assert names
+        assert all(frame.x0 <= name.x0 and name.x1 <= frame.x1 for name in names)
+        assert all(frame.y0 <= name.y0 and name.y1 <= frame.y1 for name in names)
+        bars = [axes.transData.transform(line) for c in axes.collections for line in c.get_segments()]
+        assert bars
+        assert not any(name.x0 < x < name.x1 and name.y0 < high and low < name.y1
+                       for name in names for (x, low), (_, high) in bars)  # fmt: skip
 
 
 def test_methods_look_different_beyond_the_number_of_colours():

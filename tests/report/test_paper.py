@@ -177,9 +177,9 @@ def test_the_headline_and_losslessness_are_what_the_records_say(quickstart):
     for temperature in (0.0, 1.0):
         of_mode = {name: values for (name, t), values in expected.items() if t == temperature}
         best = max(of_mode, key=lambda name: of_mode[name]["speedup vs autoregressive"])
-        assert f'name("{best}"); ", of 5 drafters the fastest, decodes ' in summary
+        assert f'the fastest of 5 drafters, "; name("{best}"); ", decodes ' in summary
         assert f"decodes {of_mode[best]['speedup vs autoregressive']:.2f} times as fast" in summary
-        assert f"at τ = {of_mode[best]['τ']:.2f}" in summary
+        assert f"with τ = {of_mode[best]['τ']:.2f}" in summary
     answers = [json.loads(line) for line in (QUICKSTART / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     verdicts = [a["lossless"] for a in answers if a["kind"] == "drafter"]
     assert f"Of {len(verdicts)} answers that were compared, {verdicts.count('equal')} equal the baseline's" in summary

@@ -35,7 +35,6 @@ from tests.report.recorded import (
     manifest,
     methods,
     reference,
-    signed,
     table,
     tables,
     temperatures,
@@ -218,7 +217,7 @@ def test_what_was_measured_on_what(name):
         "run": m["run_id"],
         "date": m["finished"][:10],
         "target": f"{m['target']}, weights {m['target_fingerprint'][:12]}",
-        "number format": f"{m['dtype']} on {m['device']}",
+        "dtype": f"{m['dtype']} on {m['device']}",
         "suite": f"{m['suite']}, version {m['suite_version']}",
         "prompts": f"{len({a['prompt_id'] for a in answers(name)})}, each {repeats}",
         "answers": f"up to {config(name)['generation']['max_new_tokens']} new tokens",
@@ -276,12 +275,15 @@ def test_our_figures_beside_published_ones(name):
     assert ours[0]["source"] == f"ours: {best}"
     assert same(ours[0]["τ"], tau(chosen(name, best, 0)))
     assert ours[0]["speedup"] == f"{speedups[best]:.2f}\N{MULTIPLICATION SIGN}"
-    with_objective = {which: [d for d in drafters(name) if methods(name)[d]["objective"] == which]
-                      for which in ("kl", "vsd")}  # fmt: skip
-    kl = with_objective["kl"][0]
-    assert [row["source"] for row in ours[1:]] == [f"ours: {drafter} against {kl}" for drafter in with_objective["vsd"]]
-    for row, drafter in zip(ours[1:], with_objective["vsd"], strict=True):
-        sides = [chosen(name, drafter, 0)], [chosen(name, kl, 0)]
+    types = {drafter["name"]: drafter["type"] for drafter in config(name)["drafters"]}
+    objective = {drafter: methods(name)[drafter]["objective"] for drafter in drafters(name)}
+    pairs = [
+        (vsd, next(kl for kl in drafters(name) if (objective[kl], types[kl]) == ("kl", types[vsd])))
+        for vsd in drafters(name) if objective[vsd] == "vsd"
+    ]  # fmt: skip
+    assert [row["source"] for row in ours[1:]] == [f"ours: {vsd} against {kl}" for vsd, kl in pairs]
+    for row, pair in zip(ours[1:], pairs, strict=True):
+        sides = [[chosen(name, drafter, 0)] for drafter in pair]
         for column, difference in (("τ", tau_difference(*sides)), ("speedup", speed_difference(*sides))):
             assert same(row[column], difference.change_pct)
             assert same(row[f"{column} low"], difference.ci_pct[0])
@@ -297,7 +299,10 @@ def test_the_ablation_beside_published_figures(name):
     for row, arm in zip(ours, beside, strict=True):
         for column, measure in (("τ", "tau"), ("speedup", "speed")):
             difference = against_reference(name, arm, 0, measure)
-            assert row[column] == f"{signed(100 * math.expm1(-difference.value))} %"
+            assert same(row[column], 100 * math.expm1(-difference.value))
+            low, high = (math.log1p(end / 100) for end in difference.ci_pct)
+            assert same(row[f"{column} low"], 100 * math.expm1(-high))
+            assert same(row[f"{column} high"], 100 * math.expm1(-low))
 
 
 @every_report

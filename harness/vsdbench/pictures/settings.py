@@ -105,7 +105,7 @@ class BuildSettings:
 
 BUILT_MODELS: dict[str, BuildSettings] = {
     "smolvision": BuildSettings(
-        description="SmolLM2-135M-Instruct that sees drawn scenes: a SigLIP tower from scratch, taught on this machine",
+        description="SmolLM2-135M-Instruct with a SigLIP tower trained from scratch here, which sees drawn scenes",
         language_model="smollm2-135m-q4",
         language_model_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",

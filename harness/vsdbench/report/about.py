@@ -1,12 +1,13 @@
-"""The parts of a report that say what was done and with what: set-up, published figures, reproduction, sources."""
+"""The parts of a report that say what was done and with what: set-up, published figures, reproduction."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vsdbench.ablation.contest import other_objective
 from vsdbench.bench.paired import speedup_difference, tau_difference
+from vsdbench.models.source import describe
 from vsdbench.report.facts import Run
 from vsdbench.report.figures import mode_label
 from vsdbench.report.model import (
@@ -21,51 +22,10 @@ from vsdbench.report.model import (
     fixed,
     listed,
     named,
-    signed,
     words,
 )  # fmt: skip
+from vsdbench.report.sources import OF_OBJECTIVES, OF_TYPES, REFERENCES
 
-REFERENCES = {
-    "vsd": "Zou, Li, Huang, Zhou. Variational Speculative Decoding: Rethinking Draft Training from Token Likelihood "
-    "to Sequence Acceptance. arXiv 2602.05774.",
-    "gto": "Hu, Li, Lu, Zhou. Bridging Draft Policy Misalignment: Group Tree Optimization for Speculative Decoding. "
-    "arXiv 2509.22134.",
-    "eagle3": "Li et al. EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test. "
-    "arXiv 2503.01840.",
-    "coupling": "Daliri et al. Coupling without Communication and Drafter-Invariant Speculative Decoding. "
-    "arXiv 2408.07978.",
-    "eagle2": "Li et al. EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees. arXiv 2406.16858.",
-    "eagle": "Li et al. EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty. arXiv 2401.15077.",
-    "medusa": "Cai et al. Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads. "
-    "arXiv 2401.10774.",
-    "msd": "Lin et al. Speculative Decoding Reimagined for Multimodal Large Language Models. arXiv 2505.14260.",
-    "vispec": "Kang et al. ViSpec: Accelerating Vision-Language Models with Vision-Aware Speculative Decoding. "
-    "arXiv 2509.15235.",
-    "distillspec": "Zhou et al. DistillSpec: Improving Speculative Decoding via Knowledge Distillation. "
-    "arXiv 2310.08461.",
-    "hass": "Zhang et al. Learning Harmonized Representations for Speculative Sampling. arXiv 2408.15766.",
-    "lk": "LK losses of the acceptance probability. arXiv 2602.23881.",
-    "eal": "Expected accepted length as a training objective. arXiv 2609.24150 and 2606.11552.",
-    "leviathan": "Leviathan, Kalman, Matias. Fast Inference from Transformers via Speculative Decoding. "
-    "arXiv 2211.17192.",
-    "mtbench": "Zheng et al. Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena. arXiv 2306.05685.",
-    "humaneval": "Chen et al. Evaluating Large Language Models Trained on Code. arXiv 2107.03374.",
-    "gsm8k": "Cobbe et al. Training Verifiers to Solve Math Word Problems. arXiv 2110.14168.",
-    "smollm2": "Ben Allal et al. SmolLM2: When Smol Goes Big. arXiv 2502.02737.",
-    "bca": "B. Efron. Better Bootstrap Confidence Intervals. Journal of the American Statistical Association 82, 1987.",
-    "hesterberg": "T. C. Hesterberg. What Teachers Should Know About the Bootstrap: Resampling in the Undergraduate "
-    "Statistics Curriculum. The American Statistician 69, 2015.",
-    "holm": "S. Holm. A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6, "
-    "1979.",
-}
-_TYPES = {
-    "eagle3": "eagle3", "eagle": "eagle", "medusa": "medusa", "msd": "msd", "vispec": "vispec",
-    "draft_model": "leviathan",
-}  # fmt: skip
-_OBJECTIVES = {
-    "vsd": "vsd", "gto": "gto", "eal": "eal", "rkl": "distillspec", "jsd": "distillspec", "tvd": "distillspec",
-    "topk": "hass", "lk": "lk", "coupled": "coupling", "onpolicy": "distillspec", "feature": "eagle",
-}  # fmt: skip
 RECONSTRUCTED = ("vsd", "eal", "gto")
 
 
@@ -79,12 +39,12 @@ def setup(runs: Sequence[Run]) -> Section:
     if not any(run.analysis for run in runs):
         blocks.append(drafters_table(runs))
     blocks.append(
-        "τ is the number of tokens emitted a verification step, the bonus or correction token included, pooled over "
-        "all steps; the first token, which the prefill gives, and tokens behind the end of an answer do not count. "
-        "A speedup is the decode time a token of a baseline over that of the drafter, paired by prompt and averaged "
-        "as a geometric mean, prefill apart. Methods take turns prompt by prompt in a random order, so that a machine "
-        "that slows down slows all of them. Intervals are 95 % BCa bootstrap intervals [[cite:bca]] over prompts, "
-        "widened for few prompts [[cite:hesterberg]]; repeats are averaged first."
+        "τ is the number of tokens emitted per verification step, including the bonus or correction token, pooled over "
+        "all steps; the first token, which the prefill gives, and tokens after the end of an answer do not count. "
+        "A speedup is a baseline's decode time per token divided by the drafter's, paired by prompt and averaged over "
+        "prompts as a geometric mean; prefill is left out. Methods take turns prompt by prompt in a random order, so "
+        "that a machine that slows down slows all of them. Intervals are 95 % BCa bootstrap intervals [[cite:bca]] "
+        "over prompts, widened for few prompts [[cite:hesterberg]]; repeats are averaged first."
     )
     reconstructed = [name for name in RECONSTRUCTED if name in objectives(runs)]
     if reconstructed:
@@ -101,11 +61,13 @@ def _what_is_decoded(runs: Sequence[Run]) -> str:
     baselines = (
         "both baselines" if all(len({b["name"] for b in r.summary["baselines"]}) > 1 for r in runs) else "a baseline"
     )
+    described = [f" {named(target)} is {what}." for target in targets if (what := describe(target))]
     return (
         f"The suite{'s' if len(suites) > 1 else ''} {listed([named(suite) for suite in suites])}{_space(cites)} "
         f"{'are' if len(suites) > 1 else 'is'} decoded with {listed([named(target) for target in targets])}"
         f"{_space(target)} at batch size 1 by every drafter and by {baselines} on the same weights. "
         + _baselines(runs)
+        + "".join(described)
         + f" [[table:setup]] has the settings{drafted_with(runs)}."
     )
 
@@ -126,11 +88,11 @@ def _baselines(runs: Sequence[Run]) -> str:
 
 def drafted_with(runs: Sequence[Run]) -> str:
     """Return a clause that cites the architectures and objectives of the drafters."""
-    keys = list(dict.fromkeys([_TYPES[t] for t in types(runs) if t in _TYPES]))
+    keys = list(dict.fromkeys([OF_TYPES[t] for t in types(runs) if t in OF_TYPES]))
     trees = {tree.partition(" ")[0] for run in runs for tree in run.trees.values()}
     keys += ["eagle2"] if trees & {"dynamic", "coupled"} else []
     keys += ["coupling"] if "coupled" in trees else []
-    keys += [_OBJECTIVES[name] for name in objectives(runs) if name in _OBJECTIVES]
+    keys += [OF_OBJECTIVES[name] for name in objectives(runs) if name in OF_OBJECTIVES]
     cites = "".join(f"[[cite:{key}]]" for key in dict.fromkeys(keys))
     return f"; the drafters, their trees and objectives follow their papers {cites}" if cites else ""
 
@@ -168,7 +130,7 @@ def _facts(run: Run) -> dict[str, str | None]:
         "run": run.name,
         "date": f"{run.date:%Y-%m-%d}" if run.date.year > 1970 else None,
         "target": f"{run.summary['target']}, weights {str(records['target_fingerprint'].iloc[0])[:12]}",
-        "number format": f"{run.summary['dtype']} on {run.summary['device'] or 'an unnamed device'}",
+        "dtype": f"{run.summary['dtype']} on {run.summary['device'] or 'an unnamed device'}",
         "suite": f"{run.suite}, version {records['suite_version'].iloc[0]}",
         "prompts": f"{run.summary['num_prompts']}, each {_times(run.summary['num_repeats'])}",
         "answers": f"up to {'/'.join(map(str, limit))} new tokens",
@@ -212,8 +174,8 @@ def drafters_table(runs: Sequence[Run]) -> Table:
         title="Drafters",
         columns=("drafter", *(["run"] if len(runs) > 1 else []), "type", "objective", "tree", "recipe"),
         rows=tuple(rows),
-        note="Tree: kind, budget/depth/children of a node; the budget counts draft tokens verified by one target "
-        "forward, the root excluded.",
+        note="Tree: kind, budget/depth/children per node; the budget counts the draft tokens that one target forward "
+        "verifies, without the root.",
         num_left=5 + (len(runs) > 1),
         wide=True,
     )
@@ -272,8 +234,8 @@ def published(runs: Sequence[Run]) -> Section | None:
         title="Published figures beside those of this report, T = 0",
         columns=("source", "target", "τ", "speedup"),
         rows=tuple(rows),
-        note="Absolute figures, or changes against the drafter named. Ours first; the others are as their authors "
-        "give them (GTO's protocol: trees of 60 tokens, depth 7, MT-bench, HumanEval and GSM8K).",
+        note="Absolute figures, or changes against the drafter named, ours with 95 % intervals. Those of others are as "
+        "their authors give them (GTO's protocol: trees of 60 tokens, depth 7, MT-bench, HumanEval and GSM8K).",
         num_left=2,
         rules=(len(ours),),
         wide=True,
@@ -292,7 +254,7 @@ def _ours(run: Run) -> list[tuple[Cell, ...]]:
     if run.analysis is not None:
         return [
             (words(f"ours: {run.analysis['reference']} against {arm['name']}"), target,
-             words(_against(arm.get("delta_tau_pct"))), words(_against(arm.get("delta_speedup_pct"))))
+             _against(arm, "tau"), _against(arm, "speedup"))
             for arm in run.analysis["arms"]
             if (arm.get("control") or other_objective(arm) == "kl") and arm.get("delta_tau_pct") is not None
         ]  # fmt: skip
@@ -301,8 +263,10 @@ def _ours(run: Run) -> list[tuple[Cell, ...]]:
     found: list[tuple[Cell, ...]] = [
         (words(f"ours: {best['drafter']}"), target, estimate(best["tau"], None), _times_cell(best["speedup"]))
     ]
-    control = next((row for row in rows if row["objective"] == "kl"), None)
+    kinds = {drafter.get("name"): drafter.get("type") for drafter in run.config.get("drafters") or []}
+    with_kl = {kinds.get(row["drafter"]): row for row in reversed(rows) if row["objective"] == "kl"}
     for row in rows:
+        control = with_kl.get(kinds.get(row["drafter"]))  # an objective is compared within one architecture
         if row["objective"] == "vsd" and control is not None:
             sides = [run.of(mode, method=row["drafter"])], [run.of(mode, method=control["drafter"])]
             tau, speed = tau_difference(*sides), speedup_difference(*sides)
@@ -312,9 +276,17 @@ def _ours(run: Run) -> list[tuple[Cell, ...]]:
     return found
 
 
-def _against(arm_pct: float | None) -> str | None:
-    """Return by how much the reference differs from an arm that differs from it by ``arm_pct``."""
-    return None if arm_pct is None else f"{signed(100 * (1 / (1 + arm_pct / 100) - 1))} %"
+def _against(arm: Mapping[str, Any], measure: str) -> Cell:
+    """Return by how much the reference differs from an arm, of which the analysis has the reverse."""
+    value, ends = arm[f"delta_{measure}_pct"], arm[f"delta_{measure}_ci"]
+    if value is None:
+        return words(None)
+    return _pct(change(_turned(value), None if ends is None else (_turned(ends[1]), _turned(ends[0]))))
+
+
+def _turned(change_pct: float) -> float:
+    """Return the change from b to a where ``change_pct`` is that from a to b, both in per cent."""
+    return 100 * (1 / (1 + change_pct / 100) - 1)
 
 
 def _times_cell(value: float | None) -> Cell:

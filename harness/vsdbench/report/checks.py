@@ -159,9 +159,11 @@ def misalignment(runs: Sequence[Run]) -> Section | None:
             )
             for row in rows
         ),
-        note="Greedy path: the drafter's likeliest token at every depth. Steps whose tree cut it short; steps that "
-        "kept something, and only of it; draft tokens kept a step, of the greedy path and of the tree; Brier score of "
-        "the drafter's confidence against being kept; the smallest tree, by confidence, to hold 95 % of what is kept.",
+        note="Greedy path: the drafter's likeliest token at every depth. Greedy pruned: steps whose tree cuts it "
+        "short. Accepted is greedy: of the steps that kept a draft token, those that kept none off that path. "
+        "Greedy path, tree path: draft tokens kept per step, on that path and in the tree. Brier: mean squared "
+        "error of the drafter's confidence that a token is kept. Nodes for 95 %: the smallest tree, most "
+        "confident nodes first, that holds 95 % of what is kept.",
         wide=True,
     )  # fmt: skip
     text = (
@@ -184,7 +186,8 @@ def misalignment(runs: Sequence[Run]) -> Section | None:
             Picture(
                 name="calibration",
                 title="Calibration of the drafters' confidence",
-                note="Share of draft tokens kept, over the drafter's own confidence; on the dashed line the two agree.",
+                note="Share of draft tokens kept, over the drafter's own confidence; on the dashed line the two agree. "
+                f"Bins of fewer than {plots.FEWEST_IN_A_BIN} tokens are left out.",
                 alt="Lines of the share of draft tokens kept over the draft confidence, with the diagonal.",
                 figure=plots.calibration_figure(bins, merged(runs) | {"results": plotted(runs)}),
             )
@@ -225,7 +228,7 @@ def _of_run(run: Run) -> list[str]:
         items.append("**Unfinished.** The run was stopped before its end; drafters are compared on what both decoded.")
     git = (run.manifest.get("machine") or {}).get("git") or {}
     if git.get("dirty"):
-        items.append("**Commit.** The working copy had changes that no commit holds.")
+        items.append("**Commit.** The working copy had uncommitted changes.")
     return [item for item in items if item]
 
 
@@ -236,9 +239,10 @@ def _sample(run: Run) -> str:
     if not effects:
         return f"**Sample.** {n} prompts.{few}"
     between = run.summary["minimum_detectable_effect"][0]["between"]
+    pair = between if between.startswith("the ") else f"two {between} (one seed each, unadjusted)"
     return (
-        f"**Sample.** {n} prompts. The smallest difference between {between} that they show with {100 * POWER:g} % "
-        f"power is {listed(effects)}; smaller ones may be there.{few}"
+        f"**Sample.** {n} prompts. The smallest difference between {pair} that they show with {100 * POWER:g} % power "
+        f"is {listed(effects)}; smaller ones may be there.{few}"
     )
 
 
@@ -262,17 +266,16 @@ def control_words(run: Run, where: str = "") -> str:
 
 def _control_words(run: Run) -> str:
     if not run.control:
-        return "No baseline was measured twice, so nothing says how noisy the clock is."
+        return "No baseline was measured twice, so how noisy the clock is remains unknown."
     bad = [name for name, holds in run.control.items() if not holds]
     if bad:
         return (
-            f"The control interval of {listed([named(name) for name in bad])}, measured against itself, leaves out "
-            "1: the "
-            "machine was too noisy for speeds to be trusted."
+            f"The control interval of {listed([named(name) for name in bad])}, measured against itself, excludes 1: "
+            "the machine was too noisy for speeds to be trusted."
         )
     return (
         "Each baseline's first repeat against its second gives 1 within its interval (Student's t, "
-        f"{100 * CONTROL_CONFIDENCE:g} % for all of them together), so the clock can be trusted."
+        f"{100 * CONTROL_CONFIDENCE:g} % for all of them together): this check finds no fault with the clock."
     )
 
 
@@ -281,8 +284,8 @@ def _seeds(run: Run) -> str:
         num_seeds = max(len(arm["seeds"]) for arm in run.analysis["arms"])
         if num_seeds >= 3:
             return (
-                f"**Seeds.** {spelled(num_seeds).capitalize()} training seeds an arm; the spread between seeds is "
-                "part of every interval, and is itself known from that many only."
+                f"**Seeds.** {spelled(num_seeds).capitalize()} training seeds per arm; the spread between seeds is "
+                "part of the interval of every change, and is itself estimated from so few."
             )
     trained = [name for name, method in run.methods.items() if (method.get("training") or {}).get("tokens")]
     if not trained:

@@ -38,13 +38,13 @@ def definitions(comparison: Mapping[str, Any]) -> str:
     seeds = " and training seeds" if any(row["num_seeds"] > 1 for row in rows) else ""
     one = "" if seeds else " (one training seed each, so nothing is said about training again)"
     speed = (
-        "Speedup change: decode time a token, both methods of one run, paired by prompt."
+        "Speedup change: decode time per token, both methods of one run, paired by prompt."
         if comparison["same_run"]
         else "Speedup change: each run's speedup over its own autoregressive baseline, paired by prompt, so that what "
-        "slows a whole machine down cancels."
+        "slows down a whole machine cancels."
     )
     return (
-        f"Changes are of B relative to A. τ: tokens emitted a verification step, pooled. {speed} Intervals: "
+        f"Changes are of B relative to A. τ: tokens emitted per verification step, pooled. {speed} Intervals: "
         f"{100 * comparison['confidence']:g} % over prompts{seeds}{one}. p: against no change, Holm-adjusted over the "
         f"{len(rows)} row{'s' if len(rows) != 1 else ''}; bold below {ALPHA:g}."
     )

@@ -93,11 +93,17 @@ def budget(runs: Sequence[Run]) -> Section | None:
     picture = Picture(
         name="budget",
         title="τ and speedup against the tree budget",
-        note=f"At T = {run.modes[0][1]:g}, with 95 % intervals over prompts.",
+        note=f"At T = {run.modes[0][1]:g}, with 95 % intervals over prompts. {_trees_words(run, groups)}",
         alt="Two panels: accepted length and speedup over the number of draft tokens in the tree.",
         figure=plots.budget_figure(run.summary, groups),
     )
     return Section("Tree budget", (text, picture))
+
+
+def _trees_words(run: Run, groups: Mapping[str, Sequence[tuple[str, int]]]) -> str:
+    """Return the whole trees, since those of larger budgets may be deeper too."""
+    trees = dict.fromkeys(run.trees[method].split()[1] for members in groups.values() for method, _ in members)
+    return f"Trees, as budget/depth/children per node: {', '.join(trees)}."
 
 
 def chosen_trees(runs: Sequence[Run]) -> Section | None:
@@ -122,8 +128,8 @@ def chosen_trees(runs: Sequence[Run]) -> Section | None:
             )
             for _, row, tree in found
         ),
-        note="Speedups over plain decoding by the same engine, brackets: 95 % intervals over prompts. Tree: "
-        "budget/depth/children of a node.",
+        note="Speedups over plain decoding by the same engine; brackets: 95 % intervals over prompts. Tree: "
+        "budget/depth/children per node.",
         num_left=3,
         wide=True,
     )  # fmt: skip
@@ -298,8 +304,9 @@ def definitions_table(runs: Sequence[Run]) -> Table:
             (words(r["drafter"]), words(f"{r['temperature']:g}"), *(number(r["tau_definitions"][n]) for n in names))
             for r in rows
         ),
-        note="Pooled: emitted / steps over everything, the one used in this report; means of each prompt's and each "
-        "answer's own; draft tokens kept, without the bonus; 1 + kept; prefills counted as steps.",
+        note="Pooled: tokens emitted / steps over everything, the one used in this report. Prompt and answer mean: of "
+        "that ratio by prompt and by answer. Without bonus: draft tokens kept / steps; accepted plus one: 1 + that. "
+        "With prefill: prefills counted as steps.",
         wide=True,
     )
 
@@ -308,10 +315,9 @@ def definitions(runs: Sequence[Run]) -> Section | None:
     """Return tau by the definitions in use."""
     table = definitions_table(runs)
     text = (
-        "At least six definitions of accepted length are in use, and they differ by more than methods do. "
-        "[[table:tau-definitions]] has all of them for these records, so that a figure from elsewhere can be held "
-        "against "
-        "the one that was made in the same way."
+        "At least six definitions of accepted length are in use, and they can differ by more than drafters do. "
+        "[[table:tau-definitions]] has all of them for these records, so that a figure from elsewhere can be compared "
+        "with the one that is defined in the same way."
     )
     return Section("Accepted length by other definitions", (text, table)) if table.rows else None
 

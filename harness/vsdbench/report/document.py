@@ -9,6 +9,7 @@ from vsdbench.ablation.contest import is_contest
 from vsdbench.report import about, checks, costs, effects, examples, results
 from vsdbench.report.facts import Mode, Run
 from vsdbench.report.model import Document, Section, Table, fixed, listed, named, spelled
+from vsdbench.report.sources import REFERENCES
 
 
 def build(runs: Sequence[Run], *, title: str | None, files: str) -> Document:
@@ -47,7 +48,7 @@ def build(runs: Sequence[Run], *, title: str | None, files: str) -> Document:
         sections=tuple(section for section in found if section is not None),
         appendix=_appendix(runs),
         extra_tables=_extra_tables(runs),
-        references=about.REFERENCES,
+        references=REFERENCES,
         timestamp=max(int(run.date.timestamp()) for run in runs),
     )
 
@@ -79,12 +80,12 @@ def _title(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{spelled(len(runs)).capitalize()} runs of speculative decoding compared: {suites}"
     if runs[0].analysis is not None:
-        return f"{_question(runs[0].analysis)} on {suites}"
+        return f"{_question(runs[0].analysis)} (suite {suites})"
     return f"Speculative decoding measured on {suites}"
 
 
 def _question(analysis: Mapping[str, Any]) -> str:
-    parts = f"which parts of {analysis['reference']} pay"
+    parts = f"which parts of {analysis['reference']} help"
     if not is_contest(analysis["arms"]):
         return f"{parts[0].upper()}{parts[1:]}? An ablation"
     has_parts = any(arm["disabled"] for arm in analysis["arms"])
@@ -127,7 +128,7 @@ def _headline(run: Run, mode: Mode) -> str:
     """Return the fastest drafter of a mode: how fast, against what, at which tau, and how sure that it is that."""
     mine = [row for row in run.in_mode(mode) if row["drafter"] not in run.misled]
     rows = [row for row in mine if row["speedup"] is not None]
-    how = "Greedily (T = 0)" if mode[0] == "greedy" else f"At T = {mode[1]:g}"
+    how = "With greedy decoding (T = 0)" if mode[0] == "greedy" else f"At T = {mode[1]:g}"
     where = f"In run {run.label}, {how[0].lower()}{how[1:]}" if run.label else how
     if not rows:
         known = [row for row in mine if row["tau"] is not None]
@@ -141,18 +142,18 @@ def _headline(run: Run, mode: Mode) -> str:
         )
     best = max(rows, key=lambda row: float(row["speedup"]))
     speed = run.throughput(best["speedup_baseline"], mode)
-    count = f"of {len(rows)} drafters the fastest" if len(rows) > 1 else "the only drafter"
+    count = f"the fastest of {len(rows)} drafters" if len(rows) > 1 else "the only drafter"
     others = [
-        f"{fixed(estimate['value'], 2)} against {named(name)}"
+        f"{fixed(estimate['value'], 2)} times as fast as {named(name)}"
         for name, estimate in best["speedups"].items()
         if name != best["speedup_baseline"] and estimate["value"] is not None
     ]
     beside = f" ({', '.join(others)})" if others else ""
     return " ".join(filter(None, [
-        f"{where}, {named(best['drafter'])}, {count}, decodes {fixed(best['speedup'], 2)} times as fast"
+        f"{where}, {count}, {named(best['drafter'])}, decodes {fixed(best['speedup'], 2)} times as fast"
         f"{_interval(best['speedup_ci'], '95 % interval ')} as the faster baseline, "
         f"{named(best['speedup_baseline'])} at "
-        f"{fixed(speed or 0.0, 1)} tokens/s{beside}, at τ = {fixed(best['tau'], 2)}{_interval(best['tau_ci'])}.",
+        f"{fixed(speed or 0.0, 1)} tokens/s{beside}, with τ = {fixed(best['tau'], 2)}{_interval(best['tau_ci'])}.",
         results.verdict(run, mode),
     ]))  # fmt: skip
 

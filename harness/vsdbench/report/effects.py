@@ -31,6 +31,16 @@ from vsdbench.report.plots import Effect, arm_panels, forest_figure
 _MEASURES = {"speedup": "decoding speed", "tau": "τ"}
 _MANY = 4
 """Differences that are told one by one; of more, that are not established, the two ends are."""
+_PARTS = {
+    "car": "Confidence-Aware Regularization, a penalty on confidence in rejected tokens",
+    "arw": "Adaptive Rejection Weighting, which tempers the weights of draft paths and corrections",
+    "utility": "the expected accepted length in the weights",
+    "kl": "the ratio of target to draft probability in the weights",
+    "correction": "the target's token in place of a rejected one",
+    "oracle": "the accept test on draft paths",
+    "anchor": "the loss on the training data itself",
+}
+"""What the parts of VSD are that an arm can go without."""
 
 # --- ablation ------------------------------------------------------------------------------------------------------
 
@@ -48,12 +58,14 @@ def _ablation(run: Run) -> Section:
     where = f" and [[figure:{drawn[0].name}]]" if drawn else ""
     contest = is_contest(analysis["arms"])
     said = cost_words(analysis) if contest else " ".join(findings(analysis))
-    text = (
+    text = " ".join(filter(None, [
         f"Every arm starts from the same drafter and sees the same data in the same order; an arm differs from "
-        f"{named(analysis['reference'])} in {_what_differs(analysis)}. Intervals are paired, over training seeds and "
-        "prompts as two levels; p-values are Holm-adjusted over arms [[cite:holm]]. "
-        f"[[table:ablation{suffix}]]{where} have all of them. {said}"
-    ).rstrip()
+        f"{named(analysis['reference'])} in {_what_differs(analysis)}.", _parts_words(analysis),
+        "Intervals of changes are paired, over training seeds and prompts as two levels, and not adjusted. p-values "
+        "are adjusted by Holm's method [[cite:holm]] over the arms of a temperature, separately for τ, for speed and "
+        "for controls.",
+        f"[[table:ablation{suffix}]]{where} {'have' if where else 'has'} all of them.", said,
+    ]))  # fmt: skip
     title = "Contest of objectives" if contest else "Ablation"
     return Section(title + (f", run {run.label}" if run.label else ""), (text, _table(analysis, suffix), *drawn))
 
@@ -70,8 +82,15 @@ def _what_differs(analysis: Mapping[str, Any]) -> str:
     )
 
 
+def _parts_words(analysis: Mapping[str, Any]) -> str:
+    """Return what the parts are that an arm goes without; nothing where no arm does."""
+    off = dict.fromkeys(part for arm in analysis["arms"] for part in arm["disabled"])
+    known = [f"{named(part)} is {_PARTS[part]}" for part in off if part in _PARTS]
+    return f"Of the parts, {listed(known)}." if known else ""
+
+
 def findings(analysis: Mapping[str, Any]) -> list[str]:
-    """Return in plain words which parts pay and which arms are ahead: what is established after Holm, what is not.
+    """Return in plain words which parts help and which arms are ahead: what is established after Holm, what is not.
 
     An arm without a part is said to show what the part is worth; one with another objective or setting, how it stands
     to the reference, in speed too and at every temperature.
@@ -84,7 +103,7 @@ def findings(analysis: Mapping[str, Any]) -> list[str]:
     rest = [named(arm["name"]) for arm in arms if arm not in sure]
     said = []
     if worse:
-        said.append(f"τ is lower, so that what is taken away pays, in {listed([_told(arm) for arm in worse])}.")
+        said.append(f"τ is lower, so that what is taken away helps, in {listed([_told(arm) for arm in worse])}.")
     if better:
         said.append(f"τ is higher in {listed([_told(arm) for arm in better])}.")
     if rest:
@@ -92,16 +111,22 @@ def findings(analysis: Mapping[str, Any]) -> list[str]:
     said += [_standings(mode, analysis["reference"], measure) for mode in analysis.get("modes", ())
              for measure in _MEASURES]  # fmt: skip
     if controls:
-        unsure = [named(arm["name"]) for arm in controls if not _certain(arm["p_tau_holm"])]
-        which = f"of which {listed(unsure)} {_are(unsure)}" if len(controls) > 1 else "which is"
-        but = f", {which} not established" if unsure else ""
-        differ = "the controls differ" if len(controls) > 1 else "the control differs"
-        said.append(
-            f"Against {named(analysis['reference'])}, {differ}: {listed([_told(arm) for arm in controls])}{but}."
-        )
+        said.append(_of_controls(controls, analysis["reference"]))
     if analysis.get("equal_tokens") is False:
         said.append("The arms were not trained on equally many tokens, so a difference may be that of the budget.")
     return list(filter(None, said))
+
+
+def _of_controls(controls: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """Return by how much tau of each control differs from the reference's, and which differences are established."""
+    told = listed([_told(arm) for arm in controls])
+    unsure = [named(arm["name"]) for arm in controls if not _certain(arm["p_tau_holm"])]
+    several = len(controls) > 1
+    if len(unsure) == len(controls):
+        which = "no control's difference" if several else "the control's difference"
+        return f"In τ, {which} from {named(reference)} is {'' if several else 'not '}established: {told}."
+    differ = "the controls differ" if several else "the control differs"
+    return f"In τ, {differ} from {named(reference)}: {told}{f'; not established: {listed(unsure)}' if unsure else ''}."
 
 
 def _is_rival(arm: Mapping[str, Any]) -> bool:
@@ -119,27 +144,22 @@ def _standings(mode: Mapping[str, Any], reference: str, measure: str) -> str:
     ahead, behind = ([arm for arm in sure if (arm[f"delta_{measure}_pct"] > 0) is wanted] for wanted in (True, False))
     unsure = [arm for arm in known if arm not in sure]
     groups = [
-        f"{where} {named(reference)} {_are(group)} {listed([_told(arm, measure) for arm in group])}"
+        f"{where} {named(reference)}: {listed([_told(arm, measure) for arm in group])}"
         for group, where in ((ahead, "ahead of"), (behind, "behind"))
         if group
     ]
     if unsure:
-        groups.append(f"not established after Holm's adjustment {_unsure(unsure, reference, measure, alone=not sure)}")
+        which = "not established" if sure else f"no difference from {named(reference)} is established"
+        groups.append(f"{which} after Holm's adjustment: {_unsure(unsure, measure)}")
     return f"In {_MEASURES[measure]} at T = {mode['temperature']:g}, {'; '.join(groups)}."
 
 
-def _unsure(arms: Sequence[Mapping[str, Any]], reference: str, measure: str, *, alone: bool) -> str:
-    """Return the differences of these arms, of many the lowest and the highest; ``alone``: there are no others."""
+def _unsure(arms: Sequence[Mapping[str, Any]], measure: str) -> str:
+    """Return the differences of these arms, of many the lowest and the highest."""
     if len(arms) <= _MANY:
-        told = listed([_told(arm, measure) for arm in arms])
-        return f"is any difference from {named(reference)}: {told}" if alone else f"{_are(arms)} {told}"
+        return listed([_told(arm, measure) for arm in arms])
     by_size = sorted(arms, key=lambda arm: float(arm[f"delta_{measure}_pct"]))
-    whose = f"any of the {len(arms)} differences from {named(reference)}" if alone else f"any of {len(arms)} others"
-    return f"is {whose}, from {_told(by_size[0], measure)} to {_told(by_size[-1], measure)}"
-
-
-def _are(group: Sequence[object]) -> str:
-    return "is" if len(group) == 1 else "are"
+    return f"{len(arms)} arms, from {_told(by_size[0], measure)} to {_told(by_size[-1], measure)}"
 
 
 def cost_words(analysis: Mapping[str, Any]) -> str:
@@ -151,7 +171,7 @@ def cost_words(analysis: Mapping[str, Any]) -> str:
     least, most = (f"{fixed(seconds[name], 0)} s ({named(name)})" for name in (by_cost[0], by_cost[-1]))
     reference = analysis["reference"]
     between = f"; {named(reference)} took {fixed(seconds[reference], 0)} s" if reference in by_cost[1:-1] else ""
-    return f"On as many tokens, the training of one seed took from {least} to {most}{between}."
+    return f"Trained on equally many tokens, one seed took from {least} to {most}{between}."
 
 
 def _told(arm: Mapping[str, Any], measure: str = "tau") -> str:
@@ -170,9 +190,9 @@ def _table(analysis: Mapping[str, Any], suffix: str) -> Table:
         columns=("arm", "off or changed", "T", "seeds", "τ", "change of τ, %", "p", "change of speed, %", "p ",
                  "tokens", "target forwards", "seconds"),
         rows=tuple(rows),
-        note="Brackets: 95 % intervals, paired, over training seeds and prompts. p: Holm-adjusted over the arms of a "
-        "temperature and, by themselves, over its controls; bold where it is below 0.05. Budget of one seed: trained "
-        "tokens, target forwards, seconds.",
+        note="Brackets: 95 % intervals; of τ over prompts, of changes paired and over training seeds and prompts. p: "
+        "Holm-adjusted over the arms of a temperature and, separately, over its controls; bold where it is below 0.05. "
+        "Budget of one seed: trained tokens, target forwards, seconds.",
         num_left=2,
         rules=tuple(rules),
         wide=True,
@@ -289,7 +309,7 @@ def comparison(runs: Sequence[Run]) -> Section | None:
             Picture(
                 name="comparison",
                 title=f"Change against run {runs[0].label}",
-                note="With paired 95 % intervals over prompts; filled where the interval leaves out 0.",
+                note="With paired 95 % intervals over prompts; filled where the interval excludes 0.",
                 alt="Forest plot of the change of accepted length and of speedup between runs.",
                 figure=forest_figure(panels),
             )

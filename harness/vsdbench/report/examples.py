@@ -36,10 +36,11 @@ def _reading(run: Run, shown: Sequence[Example]) -> str:
     drafters = list(dict.fromkeys(answer.drafter for example in shown for answer in example.answers))
     where = f"Of run {run.label}, answers" if run.label else "Answers"
     which = "one prompt" if len(shown) == 1 else f"one prompt of each of {spelled(len(shown))} categories"
-    beside = f", and by {named(drafters[1])}, the best of another name" if drafters[1:] else ""
+    beside = f" and with {named(drafters[1])}, the best of the others" if drafters[1:] else ""
+    seeds = f" ({named('ARM@SEED')} is one training seed of an arm)" if any("@" in name for name in drafters) else ""
     return (
-        f"{where} at T = {examples.temperature:g} to {which}: the one whose τ is the category's median by "
-        f"{named(examples.drafters[0])}, the drafter with the largest τ. Drawn is how it was answered by that drafter"
+        f"{where} at T = {examples.temperature:g} to {which}: the prompt whose τ is the median of its category with "
+        f"{named(examples.drafters[0])}, the drafter with the largest τ{seeds}. Shown are the answers with that drafter"
         f"{beside}. **Underlined on a tint:** draft tokens that the target kept. **Plain:** the target's own tokens, "
         "the first from the prefill, then one at the end of every step. A bar ends a step."
     )

@@ -20,6 +20,12 @@ from vsdbench.report.figures import COLUMN, OKABE_ITO, Layout, empty, legend, lo
 _INTERVAL: dict[str, Any] = {"elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": 3}
 _PARTS = (("draft", "#0072B2", ""), ("verify", "#BBBBBB", ""), ("other", "#000000", ""))
 _EDGE: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+FEWEST_IN_A_BIN = 10
+"""Draft tokens: a share of fewer says nothing of calibration."""
+_HALF_A_LINE = 0.05
+"""Share of a panel's height that half a line of small type takes."""
+_PLACES = 5
+"""Along a ray, where its name may stand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +75,10 @@ def pareto_figure(summary: Summary) -> Figure:
         for axes in panels:
             axes.set(xlim=(cheapest - pad, dearest + pad), ylim=(0.95 * lowest, 1.05 * highest))
         for axes, mode in zip(panels, modes, strict=True):
-            _equal_speedups(
-                axes, [(cost, row["tau"]) for row, cost in points if (row["mode"], row["temperature"]) == mode]
-            )
-        panels[0].set_ylabel("τ, tokens a step")
+            bars = [(cost, *(row["tau_ci"] or [row["tau"]] * 2)) for row, cost in points
+                    if (row["mode"], row["temperature"]) == mode]  # fmt: skip
+            _equal_speedups(axes, bars, margin=0.07 * len(modes))
+        panels[0].set_ylabel("τ, tokens per step")
         legend(figure, panels, COLUMN)
     return figure
 
@@ -104,8 +110,8 @@ def budget_figure(summary: Summary, groups: Mapping[str, Sequence[tuple[str, int
                     markersize=4.5, **_EDGE, **_INTERVAL,
                 )  # fmt: skip
         budgets = sorted({budget for members in groups.values() for _, budget in members})
-        for axes, label in zip(panels, ("τ, tokens a step", _speedup_name(rows)), strict=True):
-            axes.set(xlabel="tree budget, draft tokens", ylabel=label, xticks=budgets)
+        for axes, label in zip(panels, ("τ, tokens per step", _speedup_name(rows)), strict=True):
+            axes.set(xlabel="tree budget, draft tokens", ylabel=label, xticks=_apart(budgets))
             axes.margins(x=0.15)
             axes.grid(axis="y", color="0.9", linewidth=0.5)
         legend(figure, list(panels), COLUMN)
@@ -214,7 +220,7 @@ def calibration_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]], summary:
         axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, linestyle=(0, (4, 2)))
         for name, entries in bins.items():
             look = styles[name]
-            known = [(e["confidence"], e["accepted"]) for e in entries if e["count"] and e["accepted"] is not None]
+            known = [(e["confidence"], e["accepted"]) for e in entries if e["count"] >= FEWEST_IN_A_BIN]
             if known:
                 axes.plot(
                     *zip(*known, strict=True), color=look["color"], marker=look["marker"], linestyle=look["dashes"],
@@ -226,6 +232,19 @@ def calibration_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]], summary:
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _apart(values: Sequence[int]) -> list[int]:
+    """Return those of sorted ``values`` whose labels have room on an axis of half a column, the first among them.
+
+    >>> _apart([7, 11, 14]), _apart([2, 3, 4, 7, 32, 60])
+    ([7, 11, 14], [2, 32, 60])
+    """
+    chosen = list(values[:1])
+    for value in values[1:]:
+        if value - chosen[-1] >= 0.12 * (values[-1] - values[0]):
+            chosen.append(value)
+    return chosen
 
 
 def _cost(summary: Summary, row: Mapping[str, Any]) -> float | None:
@@ -257,20 +276,33 @@ def _frontier(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.plot(*zip(*sorted(best), strict=True), color="0.6", linewidth=0.8, zorder=1)
 
 
-def _equal_speedups(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Draw rays of equal speedup, each named near that end of it which is farther from all points."""
+def _equal_speedups(axes: Axes, bars: Sequence[tuple[float, float, float]], *, margin: float) -> None:
+    """Draw rays of equal speedup, each named inside the frame where it is farthest from all intervals.
+
+    Args:
+        axes: With its limits set.
+        bars: Cost, lower and upper end of the interval of each point.
+        margin: Share of the width that half a name takes.
+    """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    across, up = margin * (right - left), _HALF_A_LINE * (top - bottom)
 
     def room(x: float, y: float) -> float:
-        return min(((x - a) / (right - left)) ** 2 + ((y - b) / (top - bottom)) ** 2 for a, b in points)
+        return min(
+            ((x - cost) / (right - left)) ** 2 + (max(low - y, 0.0, y - high) / (top - bottom)) ** 2
+            for cost, low, high in bars
+        )
 
     for speedup in (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0):
         start, end = max(left, bottom / speedup), min(right, top / speedup)
         if end - start < 0.1 * (right - left):
             continue
         axes.plot([start, end], [speedup * start, speedup * end], color="0.82", linewidth=0.7, zorder=0)
-        ends = (end - 0.06 * (right - left), start + 0.06 * (right - left))
-        where = max(ends, key=lambda x, ray=speedup: room(x, ray * x))  # type: ignore[misc]
+        ends = (min(right - across, (top - up) / speedup), max(left + across, (bottom + up) / speedup))
+        if ends[0] < ends[1]:
+            continue
+        places = np.linspace(*ends, num=_PLACES).tolist()
+        where = max(places, key=lambda x, ray=speedup: room(x, ray * x))  # type: ignore[misc]
         axes.text(
             where, speedup * where, f"{speedup:g}\N{MULTIPLICATION SIGN}", ha="center", va="center", fontsize=5.5,
             color="0.4", zorder=0.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},

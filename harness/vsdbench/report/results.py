@@ -66,7 +66,7 @@ def main_table(runs: Sequence[Run]) -> Table:
         columns=(*identity, "τ", *speedups, "tokens/s"),
         rows=tuple(rows),
         note="Brackets: 95 % intervals over prompts. Bold: the best of its temperature, where the interval of its "
-        "paired difference from the second best leaves out 0; without bold the two are not told apart.",
+        "paired difference from the second best excludes 0; without bold the two are not told apart.",
         num_left=len(identity) - 1,
         rules=tuple(rules),
         wide=True,
@@ -102,7 +102,7 @@ def _reading(runs: Sequence[Run]) -> str:
                 said = listed([f"{fixed(speed, 1)} tokens/s as {named(name)}" for speed, name in sorted(speeds)[::-1]])
                 parts.append(f"{where}lain decoding at T = {mode[1]:g} runs at {said}.")
         several = len({b["name"] for b in run.summary["baselines"]}) > 1
-    faster = " The faster of the two is what a speedup is worth saying against." if several else ""
+    faster = " The speedup that counts is the one over the faster of the two." if several else ""
     return f"[[table:main]] has all drafters. {' '.join(parts)}{faster} {' '.join(_verdicts(runs))}".strip()
 
 
@@ -121,17 +121,15 @@ def verdict(run: Run, mode: Mode, measure: str = "speedup") -> str | None:
     interval = (
         "" if ahead.ci_pct is None else f" (95 % interval {fixed(ahead.ci_pct[0], 1)} to {fixed(ahead.ci_pct[1], 1)})"
     )
-    said = "a difference that its interval establishes" if leader.certain else (
-        f"which {ahead.num_prompts} prompts do not establish"
-    )  # fmt: skip
+    said = "whose interval excludes 0" if leader.certain else f"that {ahead.num_prompts} prompts do not establish"
     return (
         f"At T = {mode[1]:g}{where} {named(leader.best)} "
         + (
-            f"is {change_text}{interval} faster than {named(leader.second)}"
+            f"is {change_text}{interval} faster than the next, {named(leader.second)}"
             if measure == "speedup"
-            else f"has the largest τ, {change_text}{interval} above {named(leader.second)}"
+            else f"has the largest τ, {change_text}{interval} above the next, {named(leader.second)}"
         )
-        + f", the next, {said}."
+        + f", a difference {said}."
     )
 
 
@@ -156,7 +154,7 @@ def _by_category(run: Run) -> list[Block]:
     sizes = sorted({int(n) for n in counts})
     size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     text = (
-        f"A category has {size} prompts, so its interval is wide; "
+        f"A category has only {size} prompts, so its interval is wide; "
         f"{'[[figure:' + blocks[0].name + ']] and ' if blocks and isinstance(blocks[0], Picture) else ''}"
         "[[table:tau-by-category]] show where drafting pays, not which drafter wins there."
     )

@@ -184,11 +184,11 @@ def definitions(summary: Summary) -> str:
     """Return what the columns mean, for the foot of a table."""
     level = f"{100 * summary['confidence']:g} %"
     return (
-        "τ: tokens emitted a verification step, bonus included, prefill excluded, pooled over steps. "
+        "τ: tokens emitted per verification step, bonus included, prefill excluded, pooled over steps. "
         "Accepted: kept / reached at depth 1·2·… of the draft. "
-        "Speedup: decode time a token, paired by prompt, geometric mean; bold against the faster baseline. "
+        "Speedup: decode time per token, paired by prompt, geometric mean; bold against the faster baseline. "
         f"Intervals: {level} BCa over prompts, widened for few prompts. "
-        "Lossless: answers equal to the baseline's · near tie · violation. "
+        "Lossless: answers equal to the baseline's · near-tie · violation. "
         "A/A: a baseline's first repeat against its second; Student's t intervals that together hold 1 in "
         f"{100 * CONTROL_CONFIDENCE:g} % of quiet runs."
     )
@@ -197,7 +197,7 @@ def definitions(summary: Summary) -> str:
 _DIAGNOSTICS = (
     "Greedy path: the drafter's likeliest child at every node; pruned where the tree does not hold it down to the "
     "depth asked for. Kept is greedy: of the steps that kept something, those whose kept path is the greedy one or its "
-    "beginning. Kept of: draft tokens a step. Brier score: of the drafter's confidence against being kept, 0 the best. "
+    "beginning. Kept of: draft tokens per step. Brier score: of the drafter's confidence against being kept; 0 best. "
     "Nodes for 95 %: the smallest budget that holds 95 % of the kept nodes, most probable paths first."
 )
 
