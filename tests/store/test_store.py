@@ -236,6 +236,17 @@ def test_who_waits_for_a_lock_goes_on_when_its_holder_is_killed(tmp_path, held_e
     files.FileLock(path, "The thing is being made").release()
 
 
+def test_a_lock_that_cannot_be_signed_is_not_kept(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "pwrite", full)
+        with pytest.raises(EnvironmentProblemError, match="is full"):
+            files.FileLock(tmp_path / ".lock", "The thing is being made")
+    files.FileLock(tmp_path / ".lock", "The thing is being made").release()
+
+
 def test_create_refuses_a_folder_with_a_run(run):
     RunStore.create(run, MANIFEST).close()
     with pytest.raises(ConfigError, match="holds a run already"):

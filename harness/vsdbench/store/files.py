@@ -162,18 +162,18 @@ class FileLock:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._take(f"{doing} by another process", console)
-        except OSError as error:
-            self.release()
-            raise EnvironmentProblemError(
-                f"The file system of {path.parent} has no locks ({error.strerror}); use a folder on a local disk."
-            ) from error
+            try:
+                self._take(f"{doing} by another process", console)
+            except OSError as error:
+                raise EnvironmentProblemError(
+                    f"The file system of {path.parent} has no locks ({error.strerror}); use a folder on a local disk."
+                ) from error
+            with storage_errors(path):
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
         except BaseException:
             self.release()
             raise
-        with storage_errors(path):
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def _take(self, doing: str, console: Console | None) -> None:
         try:
