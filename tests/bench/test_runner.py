@@ -291,6 +291,19 @@ def test_the_reference_of_a_resumed_run_is_its_first_repeat_even_where_a_later_o
     assert second.target.conversations[-1] == [("user", "ab"), ("assistant", "ok"), ("user", "cd")]
 
 
+def test_a_run_whose_outputs_were_lost_says_which_and_where(bench):
+    def stop(progress):
+        if progress.done == 5:
+            raise KeyboardInterrupt
+
+    first = bench()
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop)
+    (first.store.directory / "outputs.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"outputs\.jsonl has no output [0-9a-f]{16}.*restore the file"):
+        bench().run()
+
+
 def test_a_finished_run_decodes_nothing_not_even_a_warm_up(bench):
     bench().run()
     again = bench()

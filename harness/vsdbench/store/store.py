@@ -216,23 +216,38 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+class _Outputs(dict[str, list[int]]):
+    """Token ids by ``output_sha256``; one that is not there is named with its file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, digest: str) -> list[int]:
+        raise ConfigError(
+            f"{self.path} has no output {digest[:16]}, which a record has; restore the file from a copy, or start a "
+            "new run."
+        )
+
+
 def load_outputs(directory: Path) -> dict[str, list[int]]:
     """Return token ids by ``output_sha256`` (empty where a run has no outputs file).
 
     Raises:
-        ConfigError: A corrupt line; file and line number are named.
+        ConfigError: A corrupt line; file and line number are named. Also later, where an output is asked for that a
+            record has and the file has not.
     """
     path = directory / OUTPUTS
+    outputs = _Outputs(path)
     if not path.is_file():
-        return {}
-    outputs: dict[str, list[int]] = {}
+        return outputs
     for number, line in enumerate(read_lines(path)[0], start=1):
         try:
             data = json.loads(line)
             outputs[data["output_sha256"]] = [int(i) for i in data["token_ids"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} line {number} is corrupt ({error!r}); restore it or delete that line."
+                f"{path} line {number} is corrupt ({error!r}); restore the file from a copy, or start a new run."
             ) from error
     return outputs
 
