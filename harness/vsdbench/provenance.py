@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,28 @@ def machine() -> dict[str, Any]:
         "versions": versions(),
         "git": git_state(Path(vsdbench.__file__).parent),
         "threads": threads(),
+    }
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return what makes times on two machines incomparable, in words, from what ``machine`` said of each.
+
+    >>> differences({"versions": {"torch": "2.12.0"}}, {"versions": {"torch": "2.13.0"}})
+    ['torch 2.12.0 and 2.13.0']
+    """
+    before, after = _what_counts(one), _what_counts(other)
+    return [f"{key} {value} and {after[key]}" for key, value in before.items() if value != after[key]]
+
+
+def _what_counts(machine: Mapping[str, Any]) -> dict[str, str]:
+    processor, packages = machine.get("cpu") or {}, machine.get("versions") or {}
+    return {
+        "processor": str(processor.get("model")),
+        "cores": str(processor.get("num_usable_cores")),
+        "GPUs": ", ".join(str(gpu.get("name")) for gpu in machine.get("gpus") or []) or "none",
+        "torch": str(packages.get("torch")),
+        "transformers": str(packages.get("transformers")),
+        "threads": str((machine.get("threads") or {}).get("torch_num_threads")),
     }
 
 

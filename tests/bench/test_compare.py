@@ -123,6 +123,24 @@ def test_what_is_not_the_same_in_both_runs_is_said(save, sides):
     assert got["rows"][0]["num_prompts"] == 15
 
 
+def test_another_way_of_sampling_is_said_where_both_runs_sampled(save, sides):
+    hot = {"mode": "stochastic", "temperature": 1.0}
+    save("old", {"kl": (2.0, 1.5)}, rule="coupled", **hot)
+    save("new", {"kl": (2.0, 1.5)}, rule="rejection", top_p=0.9, sampling_top_k=50, **hot)
+    assert compare.compare(*sides("old", "new"), **FAST)["warnings"] == [
+        "the verification rules differ: coupled and rejection",
+        "the values of top_p differ: none and 0.9",
+        "the values of sampling_top_k differ: none and 50",
+    ]
+    for run_id in ("old", "new"):  # both decode greedily too, the one beside records that have a top_p
+        other = save(f"{run_id}-cold", {"kl": (2.0, 1.5)}, rule="greedy")
+        if run_id == "new":
+            with RunStore.open(other) as store:
+                for record in load_records(save("hot", {"kl": (2.0, 1.5)}, top_p=0.9, **hot)):
+                    store.append(record.model_copy(update={"run_id": "new-cold"}))
+    assert compare.compare(*sides("old-cold", "new-cold"), **FAST)["warnings"] == []
+
+
 def test_a_noisy_run_is_said(save, sides, make_record):
     save("old", {"kl": (2.0, 1.5)})
     folder = save("new", {"kl": (2.0, 1.5)}, keep=lambda record: record.repeat == 0)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from vsdbench.store.batches import load_batches
+from vsdbench_drafters.architectures.ngram import NgramDrafter
 
 BATCHED = ("batch_sizes=[1,2]", "repeats=1", "baselines=[autoregressive]", "generation.max_new_tokens=8")
 GREEDY = "modes=[{name: greedy, temperature: 0, rule: greedy}]"
@@ -68,4 +69,12 @@ def test_a_target_that_decodes_one_at_a_time_is_refused_before_anything_is_decod
     result = workspace.run(*BATCHED, GREEDY)
     assert result.code == 2
     assert "which decodes one sequence at a time" in result.said
+    assert workspace.runs == []
+
+
+def test_a_drafter_that_serves_one_sequence_is_refused_before_anything_is_decoded(workspace, monkeypatch):
+    monkeypatch.delattr(NgramDrafter, "fork")
+    result = workspace.run(*BATCHED, GREEDY)
+    assert result.code == 2
+    assert "drafter 'ngram' drafts for one sequence at a time" in result.said
     assert workspace.runs == []

@@ -17,6 +17,7 @@ import pandas as pd
 from vsdbench.bench import checks, metrics, paired, stats
 from vsdbench.bench.paired import Difference, Frames
 from vsdbench.errors import ConfigError, did_you_mean
+from vsdbench.provenance import differences
 from vsdbench.store.frames import to_frames
 from vsdbench.store.store import find_run, load_manifest, load_records
 
@@ -303,19 +304,22 @@ def _example(side: Side) -> str:
 def _differences_of_runs(a: Side, b: Side) -> list[str]:
     """Return a sentence for everything beside the methods that is not the same in both runs."""
     told = []
+    modes = set(a.frames[0]["mode"]) & set(b.frames[0]["mode"])
+    in_common = [side.frames[0][side.frames[0]["mode"].isin(modes)] for side in (a, b)]
     for name, columns in {
         "targets": ("target", "target_fingerprint"),
         "suites": ("suite", "suite_version"),
         "dtypes": ("dtype",),
         "chat templates": ("template_hash",),
         "token limits": ("max_new_tokens",),
+        "verification rules": ("rule",),
+        "values of top_p": ("top_p",),
+        "values of sampling_top_k": ("sampling_top_k",),
     }.items():
-        values = [[_unique(side.frames[0][column]) for column in columns] for side in (a, b)]
+        values = [[_unique(records[column]) for column in columns] for records in in_common]
         if values[0] != values[1]:
             told.append(f"the {name} differ: {' and '.join(map(' '.join, values))}")
-    machines = [_machine(side.manifest.get("machine") or {}) for side in (a, b)]
-    changed = [f"{key} {one} and {machines[1][key]}" for key, one in machines[0].items() if one != machines[1][key]]
-    if changed:
+    if changed := differences(*(side.manifest.get("machine") or {} for side in (a, b))):
         told.append(f"the machines differ: {'; '.join(changed)}")
     prompts = [set(side.frames[0]["prompt_hash"]) for side in (a, b)]
     common = prompts[0] & prompts[1]
@@ -324,19 +328,6 @@ def _differences_of_runs(a: Side, b: Side) -> list[str]:
     return told
 
 
-def _machine(machine: Mapping[str, Any]) -> dict[str, str]:
-    """Return what makes times of two machines incomparable."""
-    cpu, versions = machine.get("cpu") or {}, machine.get("versions") or {}
-    gpus = [str(gpu.get("name", gpu)) if isinstance(gpu, Mapping) else str(gpu) for gpu in machine.get("gpus") or []]
-    return {
-        "processor": str(cpu.get("model")),
-        "cores": str(cpu.get("num_usable_cores")),
-        "GPUs": ", ".join(gpus) or "none",
-        "torch": str(versions.get("torch")),
-        "transformers": str(versions.get("transformers")),
-        "threads": str((machine.get("threads") or {}).get("torch_num_threads")),
-    }
-
-
-def _unique(values: Iterable[object]) -> str:
-    return " + ".join(sorted({str(value) for value in values}))
+def _unique(values: Iterable[Any]) -> str:
+    known = {value if isinstance(value, str) else f"{value:g}" for value in values if not pd.isna(value)}
+    return " + ".join(sorted(known)) or "none"

@@ -165,14 +165,20 @@ def forks(drafter: Drafter, count: int) -> list[Drafter]:
     Raises:
         ConfigError: It has no method ``fork``.
     """
-    if count == 1:
-        return [drafter]
-    fork: Callable[[], Drafter] | None = getattr(drafter, "fork", None)
-    if fork is None:
+    check_fork(drafter, count)
+    return [drafter, *(drafter.fork() for _ in range(count - 1))]  # type: ignore[attr-defined]
+
+
+def check_fork(drafter: Drafter, count: int) -> None:
+    """See that a drafter can draft for so many sequences at a time.
+
+    Raises:
+        ConfigError: It has no method ``fork``.
+    """
+    if count > 1 and not hasattr(drafter, "fork"):
         raise ConfigError(
             f"drafter '{drafter.name}' drafts for one sequence at a time (it has no fork()): use batch size 1."
         )
-    return [drafter, *(fork() for _ in range(count - 1))]
 
 
 def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Target, console: Console | None) -> Method:

@@ -21,7 +21,7 @@ from vsdbench.bench.batch_runner import check_batches, run_batches
 from vsdbench.bench.conversation import check_prompts
 from vsdbench.bench.examples import keep_examples
 from vsdbench.bench.exchange import Misled, exchanged_prompts
-from vsdbench.bench.methods import Method, build_methods
+from vsdbench.bench.methods import Method, build_methods, check_fork
 from vsdbench.bench.runner import Progress as Done
 from vsdbench.bench.runner import Runner
 from vsdbench.bench.summary import Summary, summarise, summary_frame
@@ -33,7 +33,7 @@ from vsdbench.models.source import fetch_model
 from vsdbench.models.target import Target
 from vsdbench.models.together import check_together
 from vsdbench.paths import results_dir
-from vsdbench.provenance import machine
+from vsdbench.provenance import differences, machine
 from vsdbench.store.batches import load_batches
 from vsdbench.store.store import RunStore, find_run, list_runs, load_manifest, load_records
 from vsdbench.suites.loaders import Suite, load_suite
@@ -162,10 +162,15 @@ def run_suite(
         calibration=calibration_prompts(suite, target),
         chosen=_chosen_trees(found),
     )
+    for method in methods:
+        if method.drafter is not None:
+            check_fork(method.drafter, max(suite.config.batch_sizes))
     more = extra(methods) if extra and not found else {}
     store = RunStore.open(found) if found else _create(suite, target, methods, key, options, more)
     with store:
         _check_same_drafters(store, methods)
+        if found:
+            _note_going_on(store, console)
         for note in store.notes:
             console.print(f"[yellow]note:[/] {note}")
         with _display(console) as (on_progress, on_batch):
@@ -303,6 +308,19 @@ def _check_same_drafters(store: RunStore, methods: Sequence[Method]) -> None:
                 f"Drafter '{method.name}' has other weights ({method.drafter_fingerprint}) than when "
                 f"{store.directory.name} was started ({before.get(method.name)}): start a new run without --resume."
             )
+
+
+def _note_going_on(store: RunStore, console: Console) -> None:
+    """Keep in the manifest where and when a run goes on; say so if its times will not be of one machine."""
+    manifest, here = store.manifest, machine()
+    if manifest.get("status") == "complete":
+        return  # nothing of it will be measured
+    store.update_manifest(resumed=[*manifest.get("resumed", []), {"at": _now(), "machine": here}])
+    if changed := differences(manifest.get("machine") or here, here):
+        console.print(
+            f"[yellow]note:[/] {store.directory.name} goes on with another machine or other software than it began "
+            f"with ({'; '.join(changed)}): its times are of both, so for speedups to trust start a new run without --resume."
+        )
 
 
 @contextmanager
