@@ -319,7 +319,7 @@ def _note_going_on(store: RunStore, console: Console) -> None:
     if changed := differences(manifest.get("machine") or here, here):
         console.print(
             f"[yellow]note:[/] {store.directory.name} goes on with another machine or other software than it began "
-            f"with ({'; '.join(changed)}): its times are of both, so for speedups to trust start a new run without --resume."
+            f"with ({'; '.join(changed)}): its times are of both; for speedups to trust, start a new run."
         )
 
 
