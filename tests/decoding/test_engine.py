@@ -193,11 +193,15 @@ def test_a_prompt_as_long_as_the_context_is_refused(target, extra):
         decode(target, Autoregressive(), make_prompt(target.max_positions + extra), settings(4))
 
 
-def test_logits_that_are_not_numbers_are_one_sentence():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("at", [0, 2])
+def test_logits_that_are_not_numbers_are_one_sentence(temperature, at):
     target = make_target()
-    target.model.lm_head.weight.fill_(torch.nan)
-    with pytest.raises(ConfigError, match="a prompt of 11 tokens the target's logits are not numbers in float64"):
-        plain(target, PROMPT, settings(4))
+    answer = plain(target, PROMPT, settings(20, temperature=temperature))
+    spoilt = [token for index, token in enumerate(answer) if token not in [*PROMPT, *answer[:index]]][at - 1]
+    target.embed_tokens.weight[spoilt if at else PROMPT[0]] = torch.nan
+    with pytest.raises(ConfigError, match="nan: the target's logits are not numbers, use --dtype bf16 or fp32"):
+        plain(target, PROMPT, settings(20, temperature=temperature))
 
 
 def test_an_empty_prompt_is_refused(target):

@@ -15,9 +15,10 @@ from transformers.generation.logits_process import (
 )
 
 from vsdbench.decoding.sampling import (
+    NotNumbersError,
     SamplingParams,
     coupled_token,
-    draw,
+    greedy_token,
     inverse_cdf,
     keyed_waits,
     target_probs,
@@ -147,7 +148,7 @@ def test_a_coupled_draw_does_not_move_with_the_rounding_of_other_probabilities()
 
 @pytest.mark.parametrize("probs", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_a_coupled_draw_refuses_what_is_no_distribution(probs):
-    with pytest.raises(ValueError, match="no token can be drawn"):
+    with pytest.raises(NotNumbersError, match="by its waiting time is"):
         coupled_token(torch.tensor(probs), 0, 0)
 
 
@@ -165,7 +166,7 @@ def test_inverse_cdf_at_the_edges():
 
 @pytest.mark.parametrize("probs", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_inverse_cdf_refuses_what_is_no_distribution(probs):
-    with pytest.raises(ValueError, match="sum to"):
+    with pytest.raises(NotNumbersError, match="sum to"):
         inverse_cdf(torch.tensor(probs), 0.5)
 
 
@@ -185,12 +186,14 @@ def test_inverse_cdf_is_the_plain_loop_and_never_a_zero(weights, uniform):
     assert token == (passed[0] if passed else int(np.argmax(cumulative == cumulative[-1])))
 
 
-def test_draw_takes_one_number_and_follows_the_distribution():
-    probs = torch.tensor([1.0, 0.0, 2.0, 5.0])
-    generator, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    tokens = [draw(probs, generator) for _ in range(3000)]
-    torch.rand(3000, generator=other, dtype=torch.float64)
-    assert torch.equal(generator.get_state(), other.get_state())
-    counts = np.bincount(tokens, minlength=4)
-    assert counts[1] == 0
-    assert stats.chisquare(counts[[0, 2, 3]], [375, 750, 1875]).pvalue > 1e-3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_greedy_token_is_the_first_of_the_largest(dtype):
+    for seed in range(20):
+        logits = torch.randint(0, 40, (5000,), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        assert greedy_token(logits) == int((logits == logits.max()).nonzero()[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_greedy_choice_among_what_are_no_numbers_is_refused(value):
+    with pytest.raises(NotNumbersError, match=f"is {value}: the target's logits are not numbers"):
+        greedy_token(torch.tensor([1.0, value, 0.0]))

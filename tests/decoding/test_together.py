@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.decoding.tiny import SHAPES, AdversarialDrafter, make_prompt, make_target, plain, settings, tree_of
 
+from vsdbench.decoding import engine
 from vsdbench.decoding.engine import Autoregressive, decode, decode_together
 from vsdbench.errors import ConfigError
 from vsdbench.models.together import Together
@@ -118,6 +120,20 @@ def test_times_are_of_the_whole_step_and_add_up(llama):
         parts = [step.draft_ms + step.verify_ms + step.other_ms for step in generation.steps]
         assert sum(parts) == pytest.approx(1e3 * generation.decode_s, rel=1e-6)
         assert all(step.num_nodes == 0 and step.num_emitted == 1 for step in generation.steps)
+
+
+def test_finishing_an_answer_is_in_no_step_of_the_others(llama, monkeypatch):
+    finish = engine._Sequence.generation
+
+    def slowly(sequence):
+        time.sleep(0.5)
+        return finish(sequence)
+
+    monkeypatch.setattr(engine._Sequence, "generation", slowly)
+    chosen = [settings(length) for length in (3, 9)]
+    generations = decode_together(llama, [Autoregressive()] * 2, PROMPTS[:2], chosen)
+    assert [step.num_sequences for step in generations[1].steps] == [2] * 2 + [1] * 6
+    assert generations[1].decode_s < 0.5
 
 
 def test_an_attention_of_its_own_is_refused_and_served_alone():

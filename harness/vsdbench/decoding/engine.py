@@ -29,7 +29,6 @@ from vsdbench.decoding.interfaces import (
 from vsdbench.decoding.sampling import KeyedWaits, SamplingParams
 from vsdbench.decoding.tree import empty_tree
 from vsdbench.decoding.verify import Case
-from vsdbench.errors import ConfigError
 from vsdbench.models.device import Mark, fetch, mark, seconds_between, synchronize
 from vsdbench.models.together import Together
 
@@ -164,7 +163,7 @@ def decode(target: Target, drafter: Drafter, prompt: Sequence[int], settings: De
         settings: Length, tree shape, rule, sampling.
 
     Raises:
-        ConfigError: The prompt is empty or longer than the target's context.
+        ConfigError: The prompt is empty or longer than the target's context, or the target's logits are not numbers.
     """
     return decode_together(target, [drafter], [prompt], [settings])[0]
 
@@ -180,7 +179,7 @@ def decode_together(
 
     A step is one target forward for all of them. An answer that ends gives its place to the next prompt that waits, and
     where none waits the batch gets smaller. An answer is the same whatever is decoded beside it. A step's times are
-    those of the whole step, in every answer that was part of it; the prefill of another prompt is in none.
+    those of the whole step, in every answer that was part of it; what begins or finishes another answer is in none.
 
     Args:
         target: The model whose distribution the answers have.
@@ -189,7 +188,8 @@ def decode_together(
         settings: Of each prompt.
 
     Raises:
-        ConfigError: A prompt is empty or longer than the target's context, or the target decodes one at a time.
+        ConfigError: A prompt is empty or longer than the target's context, the target decodes one at a time, or its
+            logits are not numbers.
     """
     endings = [Ending.of(target, prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
     max_length = max(ending.length + own.shape.budget + 1 for ending, own in zip(endings, settings, strict=True))
@@ -231,7 +231,10 @@ def decode_together(
         now = lap.ended
         for sequence, tree, (path, tokens) in zip(live, trees, verdicts, strict=True):
             sequence.note(tree, path, len(tokens), lap, len(live))
-        live = _retire(live, together, free, done)
+        others = _retire(live, together, free, done)
+        if len(others) < len(live):
+            now = mark(device)  # what it takes to finish an answer is in no step of the others
+        live = others
     return [done[index] for index in range(len(prompts))]
 
 
@@ -261,11 +264,6 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
     synchronize(device)
     started = time.perf_counter()
     state = together.prefill(prompt)
-    if bool(state.next_logits.isnan().any()):
-        raise ConfigError(
-            f"After a prompt of {len(prompt)} tokens the target's logits are not numbers in "
-            f"{str(together.target.dtype).removeprefix('torch.')}: use --dtype bf16 or fp32."
-        )
     generator = torch.Generator().manual_seed(settings.seed)
     waits = KeyedWaits(settings.seed)
     state.waits = waits if settings.rule == "coupled" else None

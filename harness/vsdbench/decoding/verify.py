@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree, Verdict, VerifyRule
-from vsdbench.decoding.sampling import KeyedWaits, SamplingParams, first_to_arrive, inverse_cdf, target_probs, winner
+from vsdbench.decoding.sampling import (
+    KeyedWaits,
+    SamplingParams,
+    best,
+    first_to_arrive,
+    greedy_token,
+    inverse_cdf,
+    target_probs,
+    winner,
+)
 from vsdbench.decoding.structure import Numbers, deepest, row_depths
 from vsdbench.errors import ConfigError, did_you_mean
 from vsdbench.models.device import apart, fetch
@@ -74,8 +83,8 @@ class Case:
         asked: What the host must be shown to decide.
 
     Raises:
-        ConfigError: As ``verify``.
-        ValueError: As ``verify``.
+        ConfigError: The rule is unknown, or is not lossless at this temperature.
+        ValueError: The logits do not have N + 1 rows.
     """
 
     def __init__(
@@ -97,7 +106,7 @@ class Case:
         if not apart(logits.device):
             return
         if rule == "greedy":
-            self.asked.append(logits.argmax(dim=-1))
+            self.asked += logits.max(dim=-1)
         elif rule == "coupled":
             ahead = waits.ahead(position, deepest(tree.depths) + 1, logits.shape[-1], logits.device)
             own = ahead.index_select(0, row_depths(tree.depths, logits.device))
@@ -112,6 +121,9 @@ class Case:
         Args:
             shown: What was asked for, on the host.
             generator: As for ``verify``.
+
+        Raises:
+            NotNumbersError: The target's logits are not numbers.
         """
         tokens, *more = shown
         for numbers in self._grown:
@@ -130,21 +142,19 @@ class Case:
 
     def _chooser(self, step: Step, rows: Sequence[Tensor]) -> Callable[[int], int]:
         """Return what says the target's own token after a row: from what the device found, or row by row here."""
+        if rows:
+            values, tokens = (found.tolist() for found in rows)
+            chosen = best if self._rule == "greedy" else winner
+            return lambda row: chosen(tokens[row], values[row])
         if self._rule == "greedy":
-            if not rows:
-                return lambda row: int(self._logits[row : row + 1].float().argmax(dim=-1))
-            choices = rows[0].tolist()
-            return lambda row: int(choices[row])
-        if not rows:
-            vocab_size, device = self._logits.shape[-1], self._logits.device
+            return lambda row: greedy_token(self._logits[row])
+        vocab_size, device = self._logits.shape[-1], self._logits.device
 
-            def draw(row: int) -> int:
-                waits = self._waits.at(self._position + step.depths[row], vocab_size, device)
-                return first_to_arrive(step.target(row), waits.numpy())
+        def draw(row: int) -> int:
+            waits = self._waits.at(self._position + step.depths[row], vocab_size, device)
+            return first_to_arrive(step.target(row), waits.numpy())
 
-            return draw
-        speeds, winners = (found.tolist() for found in rows)
-        return lambda row: winner(winners[row], speeds[row])
+        return draw
 
 
 def verify(
@@ -172,8 +182,8 @@ def verify(
             and results do not depend on where the logits are.
 
     Raises:
-        ConfigError: If the rule is unknown, or is not lossless at this temperature.
-        ValueError: If the logits do not have N + 1 rows, or are not numbers.
+        ConfigError: If the rule is unknown, or is not lossless at this temperature, or the logits are not numbers.
+        ValueError: If the logits do not have N + 1 rows.
     """
     case = Case(rule, tree, logits, params=params, waits=KeyedWaits(seed), position=position)
     return case.decide(fetch(case.asked), generator)
