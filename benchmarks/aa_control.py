@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy import special
 
+from vsdbench.bench import script
 from vsdbench.bench.checks import controls
-from vsdbench.bench.run import InterruptedRunError, RunOptions, load_target, open_suite, run_key, run_suite
-from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.bench.run import InterruptedRunError, load_target, open_suite, run_key, run_suite
+from vsdbench.errors import ConfigError
 from vsdbench.store.frames import to_frames
 from vsdbench.store.store import list_runs, load_manifest, load_records
 
@@ -95,15 +97,7 @@ def verdict(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
     """Yield the entry of every run, those that are there already first."""
-    settings = RunOptions(
-        overrides=options.overrides,
-        target=options.target,
-        device=options.device,
-        dtype=options.dtype,
-        limit=options.limit,
-        results=options.results,
-        resume=True,
-    )
+    settings = replace(script.run_options(options), results=options.results, resume=True)
     suite = open_suite(options.suite, settings, console)
     key = run_key(suite, load_target(suite.config.target, settings, console))
     done = finished(options.results, key)[: options.runs]
@@ -134,19 +128,14 @@ def table(result: dict[str, Any]) -> Table:
 
 def parse() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description="Count how often the A/A control of the same run holds 1.")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the suite")
-    parser.add_argument("--suite", default="smoke")
-    parser.add_argument("--target", help="another target than the suite's")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32 or fp64")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--limit", type=int, help="prompts, spread over the categories (default: all)")
+    parser = script.make_parser(__doc__)
+    script.add_suite(parser, "smoke", limit="--limit", overrides=True)
     parser.add_argument("--runs", type=int, default=20, help="in all, those of earlier calls included (default: 20)")
     parser.add_argument("--results", type=Path, default=Path("results/aa-control"), help="folder of these runs alone")
-    parser.add_argument("--json", action="store_true")
     return parser.parse_intermixed_args()
 
 
+@script.guarded
 def main() -> int:
     """Measure, print, and return 1 if fewer than 19 of 20 runs held."""
     options = parse()
@@ -157,9 +146,6 @@ def main() -> int:
             entries.append(found)  # noqa: PERF402 - those before an interruption count
     except InterruptedRunError as error:
         console.print(f"stopped: {error}")
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
     result = verdict(entries)
     if options.json:
         print(json.dumps(result))

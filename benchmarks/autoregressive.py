@@ -23,22 +23,15 @@ import torch
 from rich.console import Console
 from transformers import CompileConfig
 
-from vsdbench.bench.conversation import encode_turn
-from vsdbench.bench.run import RunOptions, load_target, open_suite
+from vsdbench.bench import script
 from vsdbench.decoding.baseline import hf_generate
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import Generation, TreeShape
-from vsdbench.errors import VsdbenchError
 from vsdbench.models.target import Target
 
 OURS = "autoregressive"
 STATIC = "hf-static-compiled"
 Runs: TypeAlias = dict[str, Callable[[Sequence[int], DecodeSettings], Generation]]
-
-
-def ms_per_token(generation: Generation) -> float:
-    """Return the mean time of a token after the first one, in milliseconds."""
-    return 1e3 * generation.decode_s / max(1, len(generation.token_ids) - 1)
 
 
 def measure(
@@ -60,18 +53,16 @@ def measure(
         run(prompts[0], settings)
         result[name] = {"first_s": time.perf_counter() - started}
     done: dict[str, list[Generation]] = {name: [] for name in runs}
-    for turn in range(repeats * len(prompts)):
-        names = list(runs) if turn % 2 == 0 else list(reversed(runs))
-        for name in names:
-            done[name].append(runs[name](prompts[turn % len(prompts)], settings))
+    for name, prompt in script.in_turns(list(runs), prompts, repeats):
+        done[name].append(runs[name](prompt, settings))
     for name, generations in done.items():
         pairs = list(zip(done[OURS], generations, strict=True))
-        ratios = [ms_per_token(theirs) / ms_per_token(ours) for ours, theirs in pairs]
+        speed, speed_range = script.spread([theirs.s_per_token / ours.s_per_token for ours, theirs in pairs])
         result[name] |= {
-            "ms_per_token": statistics.median(map(ms_per_token, generations)),
+            "ms_per_token": statistics.median(1e3 * generation.s_per_token for generation in generations),
             "prefill_ms": statistics.median(1e3 * generation.prefill_s for generation in generations),
-            "our_speed_over_it": statistics.median(ratios),
-            "our_speed_over_it_range": [min(ratios), max(ratios)],
+            "our_speed_over_it": speed,
+            "our_speed_over_it_range": speed_range,
             "our_prefill_speed_over_it": statistics.median(t.prefill_s / o.prefill_s for o, t in pairs),
             "equal_outputs": sum(ours.token_ids == theirs.token_ids for ours, theirs in pairs),
         }
@@ -91,33 +82,24 @@ def static_generate(target: Target) -> Callable[[Sequence[int], DecodeSettings],
     return run
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="Our plain decoding against generate of transformers.")
-    parser.add_argument("--suite", default="mtbench", help="where prompts and target come from (default: mtbench)")
-    parser.add_argument("--target", help="another target than the suite's")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32 or fp64 (default: auto)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--prompts", type=int, default=4, help="spread over the suite's categories (default: 4)")
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_suite(parser, "mtbench", prompts=4)
     parser.add_argument("--repeats", type=int, default=4, help="of every prompt (default: 4)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens an answer, no early end (default: 64)")
     parser.add_argument("--static", action="store_true", help="generate with a static cache and compiled, too")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    try:
-        run_options = RunOptions(
-            target=options.target, device=options.device, dtype=options.dtype, limit=options.prompts
-        )
-        suite = open_suite(options.suite, run_options, console)
-        target = load_target(suite.config.target, run_options, console)
-        prompts = [encode_turn(target, prompt, suite.config.generation) for prompt in suite.prompts]
-        result = measure(target, prompts, options.tokens, options.repeats, static=options.static)
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
-    result |= {"target": target.name, "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
-    result |= {"attention": target.attention, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure and print."""
+    options = parse()
+    suite, target = script.open_both(options, Console(stderr=True))
+    prompts = script.first_turns(suite, target)
+    result = measure(target, prompts, options.tokens, options.repeats, static=options.static)
+    result |= script.setting(target) | {"attention": target.attention, "torch": torch.__version__}
     if options.json:
         print(json.dumps(result))
         return 0

@@ -23,12 +23,11 @@ import torch
 from rich.console import Console
 
 from vsdbench import registry
-from vsdbench.bench.conversation import encode_turn
+from vsdbench.bench import script
 from vsdbench.bench.methods import forks
-from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode_together
 from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
-from vsdbench.errors import VsdbenchError
+from vsdbench.errors import ConfigError
 from vsdbench.models.target import Target
 
 
@@ -56,7 +55,13 @@ def measure(
     repeats: int,
     tokens: int,
 ) -> list[dict[str, Any]]:
-    """Return one line a batch size and method: medians over rounds, and speedups paired by round."""
+    """Return one line a batch size and method: medians over rounds, and speedups paired by round.
+
+    Raises:
+        ConfigError: A batch would never be full.
+    """
+    if max(sizes) > len(prompts):
+        raise ConfigError(f"--sizes has {max(sizes)}, but there are {len(prompts)} prompts: take more with --prompts.")
     rounds: dict[tuple[int, str], list[dict[str, float]]] = {}
     answers: dict[str, list[list[int]]] = {}
     for turn in range(repeats + 1):  # the first one warms up
@@ -76,48 +81,45 @@ def measure(
         line |= {key: statistics.median(one[key] for one in found) for key in found[0]}
         plain = rounds[size, "autoregressive"]
         ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in zip(found, plain, strict=True)]
-        line |= {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
+        line["speedup"], line["speedup_range"] = script.spread(ratios)
         pairs = zip(answers[f"{size}/{name}"], answers[f"{sizes[0]}/autoregressive"], strict=True)
         line["equal"] = sum(ours == theirs for ours, theirs in pairs)
         lines.append(line)
     return sorted(lines, key=lambda line: (line["drafter"] != "autoregressive", line["drafter"], line["batch_size"]))
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="quickstart", help="where prompts and target come from")
-    parser.add_argument("--target", help="another target than the suite's")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
+def make_drafters(target: Target, options: argparse.Namespace) -> dict[str, tuple[Drafter, TreeShape]]:
+    """Return plain decoding and every drafter with a tree of every budget, by name."""
+    drafters: dict[str, tuple[Drafter, TreeShape]] = {"autoregressive": (Autoregressive(), TreeShape(budget=0))}
+    for entry in ["ngram=", *options.drafter]:
+        kind, _, path = entry.partition("=")
+        build = registry.load("vsdbench.drafters", kind)
+        drafter = build(target, checkpoint=Path(path).expanduser() if path else None, options={})
+        for budget in options.budgets:
+            shape = TreeShape(budget=budget, depth=min(3, budget), top_k=min(4, budget))
+            drafters[f"{kind}-{budget}"] = (drafter, shape)
+    return drafters
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_suite(parser, "quickstart")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--drafter", action="append", default=[], metavar="TYPE=CHECKPOINT", help="beside ngram")
     parser.add_argument("--budgets", type=int, nargs="+", default=[7], help="draft tokens of the trees (default: 7)")
-    parser.add_argument("--prompts", type=int, help="spread over the suite's categories (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens an answer, at most (default: 48)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    try:
-        run_options = RunOptions(
-            target=options.target, device=options.device, dtype=options.dtype, limit=options.prompts
-        )
-        suite = open_suite(options.suite, run_options, console)
-        target = load_target(suite.config.target, run_options, console)
-        prompts = [encode_turn(target, prompt, suite.config.generation) for prompt in suite.prompts]
-        drafters: dict[str, tuple[Drafter, TreeShape]] = {"autoregressive": (Autoregressive(), TreeShape(budget=0))}
-        for entry in ["ngram=", *options.drafter]:
-            kind, _, path = entry.partition("=")
-            build = registry.load("vsdbench.drafters", kind)
-            drafter = build(target, checkpoint=Path(path).expanduser() if path else None, options={})
-            for budget in options.budgets:
-                shape = TreeShape(budget=budget, depth=min(3, budget), top_k=min(4, budget))
-                drafters[f"{kind}-{budget}"] = (drafter, shape)
-        lines = measure(target, drafters, prompts, sizes=options.sizes, repeats=options.repeats, tokens=options.tokens)
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure and print."""
+    options = parse()
+    suite, target = script.open_both(options, Console(stderr=True))
+    prompts, drafters = script.first_turns(suite, target), make_drafters(target, options)
+    lines = measure(target, drafters, prompts, sizes=options.sizes, repeats=options.repeats, tokens=options.tokens)
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "dtype": str(target.dtype), "lines": lines}))
         return 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from vsdbench.bench import paired, stats
+from vsdbench.bench import paired, script, stats
 
 TRUTH = 0.3
 """Of every log-ratio."""
@@ -110,12 +110,16 @@ KINDS = (
 )
 
 
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    parser.add_argument("--experiments", type=int, default=2000, help="of every kind (default: 2000)")
+    return parser.parse_args()
+
+
 def main() -> int:
     """Count and print."""
-    parser = argparse.ArgumentParser(description="How often every kind of 95 % interval holds a known truth.")
-    parser.add_argument("--experiments", type=int, default=2000, help="of every kind (default: 2000)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parse()
     found = {}
     for kind in KINDS:
         held = sum(kind.holds(np.random.default_rng(number), number) for number in range(options.experiments))

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from vsdbench.errors import VsdbenchError
+from vsdbench.bench import script
 from vsdbench.models import attention
-from vsdbench.models.device import choose_dtype
+from vsdbench.models.device import choose_dtype, dtype_name
 from vsdbench.models.fused import FusedLayers, can_fuse
 from vsdbench.models.packed import Switch, can_pack, pack, unpack
 from vsdbench.models.source import fetch_model
@@ -189,27 +189,28 @@ def slot_wise(target: _FolderTarget, source: PromptSource, options: argparse.Nam
     return run
 
 
-def main() -> None:
-    """Measure both and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m-q4")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32 (default: auto)")
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_target(parser, device=False)
     parser.add_argument("--articles", type=Path, help="the JSON file of articles, instead of fetching it")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--turn", type=float, default=5.0, help="seconds after which the two take turns")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    try:
-        dtype = choose_dtype(options.dtype, torch.device("cpu"))
-        target = _FolderTarget(fetch_model(options.target, progress=not options.json).path, dtype)
-    except VsdbenchError as error:
-        sys.exit(f"error: {error}")
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure both and print them."""
+    options = parse()
+    dtype = choose_dtype(options.dtype, torch.device("cpu"))
+    target = _FolderTarget(fetch_model(options.target, progress=not options.json).path, dtype)
     articles = read_articles(options.articles) if options.articles else load_articles(progress=True)
     source = PromptSource(articles, seed=0)
     batch = [target.encode_chat(source[index].messages) for index in range(options.slots)]
     results: dict[str, Any] = {"slots": options.slots, "threads": torch.get_num_threads()}
-    results["dtype"] = str(dtype).removeprefix("torch.")
+    results["dtype"] = dtype_name(dtype)
     run_slots = slot_wise(target, source, options)
     clocks = alternate(target, batch, options.max_new_tokens, run_slots, options.turn)
     results |= {name: clock.rates() for name, clock in clocks.items()}
@@ -217,13 +218,14 @@ def main() -> None:
         results[f"ratio_{unit}"] = results["slot_wise"][unit] / results["plain"][unit]
     if options.json:
         print(json.dumps(results, indent=2))
-        return
+        return 0
     for name in ("plain", "slot_wise"):
         line = results[name]
         print(f"{name:9} {line['tokens_per_s']:8.1f} tokens/s {line['tokens_per_processor_s']:8.1f} tokens/processor s")
     wall, processor = results["ratio_tokens_per_s"], results["ratio_tokens_per_processor_s"]
     print(f"ratio     {wall:8.2f}x wall     {processor:8.2f}x processor")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,40 +16,43 @@ import sys
 import torch
 from rich.console import Console
 
+from vsdbench.bench import script
 from vsdbench.bench.decode_step import measure_steps
 from vsdbench.bench.run import RunOptions, load_target
 from vsdbench.doctor import memory_bandwidth
-from vsdbench.errors import VsdbenchError
+from vsdbench.errors import ConfigError
+from vsdbench.models.device import dtype_name
 from vsdbench.models.packed import PackedLinear
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m-q4")
-    parser.add_argument("--dtype", default="auto")
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_target(parser, device=False)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 8, 12, 16])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--compile", action="store_true", help="compiled layers, too")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    try:
-        options = RunOptions(dtype=arguments.dtype, device="cpu", compiled=arguments.rows if arguments.compile else ())
-        target = load_target(arguments.target, options, Console(stderr=True))
-    except VsdbenchError as error:
-        sys.exit(f"error: {error}")
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Print the table."""
+    arguments = parse()
+    options = RunOptions(dtype=arguments.dtype, device="cpu", compiled=arguments.rows if arguments.compile else ())
+    target = load_target(arguments.target, options, Console(stderr=True))
     if target.fused_layers is None:
-        sys.exit(
-            f"error: '{target.name}' runs its own layers in {target.dtype} on this CPU: there is nothing to compare."
+        raise ConfigError(
+            f"'{target.name}' runs its own layers in {target.dtype} on this CPU: there is nothing to compare."
         )
     lines = measure_steps(target, arguments.rows, context=arguments.context, repeats=arguments.repeats)
     read = sum(layer.weight.nbytes for layer in target.model.modules() if isinstance(layer, PackedLinear))
     reading_ms = 1e3 * read / memory_bandwidth(target.device)
     if arguments.json:
-        found = {"threads": torch.get_num_threads(), "dtype": str(target.dtype).removeprefix("torch.")}
+        found = {"threads": torch.get_num_threads(), "dtype": dtype_name(target.dtype)}
         print(json.dumps(found | {"context": arguments.context, "reading_ms": reading_ms, "lines": lines}))
-        return
+        return 0
     print(f"{torch.get_num_threads()} threads, {target.dtype}, context {arguments.context}; median milliseconds")
     print(f"reading the weights takes {reading_ms:.1f} ms at this machine's memory bandwidth")
     kinds = [kind for kind in ("own", "fused", "compiled") if lines[0][f"{kind}_ms"]]
@@ -57,7 +60,8 @@ def main() -> None:
     for line in lines:
         times = "".join(f"  {line[f'{kind}_ms']:8.1f}  {line[f'{kind}_over_products']:6.2f}x" for kind in kinds)
         print(f"{line['rows']:4}  {line['products_ms']:8.1f}{times}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,19 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from vsdbench import registry
-from vsdbench.bench.long_context import measure_contexts
+from vsdbench.bench import script
+from vsdbench.bench.long_context import measure_contexts, rows_behind
 from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.interfaces import Drafter, TreeShape
-from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.errors import ConfigError
 from vsdbench.models.target import Target
 from vsdbench.suites.loaders import Suite
-
-SPARE = 48
-"""Positions that stay free behind a context, for the steps."""
 
 
 def text_tokens(target: Target, suite: Suite, count: int) -> Sequence[int]:
@@ -43,47 +40,47 @@ def text_tokens(target: Target, suite: Suite, count: int) -> Sequence[int]:
     raise ConfigError(f"The suite '{suite.config.name}' has no prompts.")
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_target(parser)
     parser.add_argument("--suite", default="grounded", help="whose prompts are the text (default: grounded)")
-    parser.add_argument("--target", default="smollm2-135m-q4")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 2048, 4096, 8192])
     parser.add_argument("--rows", type=int, default=8, help="root and draft tokens of a tree step (default: 8)")
     parser.add_argument("--checkpoint", type=Path, help="a trained drafter, measured beside ngram")
     parser.add_argument("--architecture", default="eagle3", help="of the checkpoint (default: eagle3)")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure and print."""
+    options = parse()
     console = Console(stderr=True)
-    try:
-        run_options = RunOptions(device=options.device, dtype=options.dtype)
-        suite = open_suite(options.suite, run_options, console)
-        target = load_target(options.target, run_options, console)
-        # The last context gives way to the steps behind it where the target's positions end there.
-        contexts = [min(count, target.max_positions - SPARE) for count in options.contexts]
-        drafters: dict[str, Drafter] = {
-            "ngram": registry.load("vsdbench.drafters", "ngram")(target, checkpoint=None, options={})
-        }
-        if options.checkpoint:
-            builder = registry.load("vsdbench.drafters", options.architecture)
-            drafters[options.architecture] = builder(target, checkpoint=options.checkpoint, options={})
-        result = measure_contexts(
-            target,
-            text_tokens(target, suite, contexts[-1]),
-            contexts,
-            rows=options.rows,
-            drafters=drafters,
-            shape=TreeShape(budget=options.rows - 1),
-            repeats=options.repeats,
-        )
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
-    result |= {"target": target.name, "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
-    result |= {"threads": torch.get_num_threads()}
+    run_options = RunOptions(device=options.device, dtype=options.dtype)
+    suite = open_suite(options.suite, run_options, console)
+    target = load_target(options.target, run_options, console)
+    shape = TreeShape(budget=options.rows - 1)
+    # A context gives way to the steps behind it where the target's positions end there.
+    longest = target.max_positions - rows_behind(shape.budget, rows=options.rows, repeats=options.repeats)
+    contexts = list(dict.fromkeys(min(count, longest) for count in options.contexts))
+    drafters: dict[str, Drafter] = {
+        "ngram": registry.load("vsdbench.drafters", "ngram")(target, checkpoint=None, options={})
+    }
+    if options.checkpoint:
+        builder = registry.load("vsdbench.drafters", options.architecture)
+        drafters[options.architecture] = builder(target, checkpoint=options.checkpoint, options={})
+    result = measure_contexts(
+        target,
+        text_tokens(target, suite, contexts[-1]),
+        contexts,
+        rows=options.rows,
+        drafters=drafters,
+        shape=shape,
+        repeats=options.repeats,
+    )
+    result |= script.setting(target)
     print(json.dumps(result) if options.json else table(result))
     return 0
 

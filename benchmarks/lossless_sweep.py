@@ -24,14 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vsdbench.bars import counting_bars
+from vsdbench.bench import script
 from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.lossless import compare
 from vsdbench.bench.methods import REFERENCE, Method, build_methods, engine_method
-from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.sampling import SamplingParams
-from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.errors import ConfigError
+from vsdbench.models.device import dtype_name
 from vsdbench.models.target import Target
 from vsdbench.suites.loaders import Suite
 from vsdbench.suites.prompts import Prompt
@@ -129,7 +130,7 @@ class Sweep:
         return (
             self.suite.config.name,
             self.target.fingerprint,
-            str(self.target.dtype).removeprefix("torch."),
+            dtype_name(self.target.dtype),
             self.target.device.type,
             str(self.options.tokens),
             prompt.id,
@@ -224,13 +225,8 @@ def choices(known: Iterable[str]) -> Any:  # noqa: ANN401 - argparse's converter
 
 def parse() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description="Compare every drafter's output with plain decoding, over a suite.")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the suite")
-    parser.add_argument("--suite", default="mtbench")
-    parser.add_argument("--target", help="another target than the suite's")
-    parser.add_argument("--dtype", default="fp32", help="auto, bf16, fp16, fp32 or fp64 (default: fp32)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--limit", type=int, help="prompts, spread over the categories (default: all)")
+    parser = script.make_parser(__doc__, has_json=False)
+    script.add_suite(parser, "mtbench", dtype="fp32", limit="--limit", overrides=True)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens an answer (default: 64)")
     parser.add_argument(
         "--drafters",
@@ -249,24 +245,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+@script.guarded
 def main() -> int:
     """Sweep, print the table, and return 1 if any output was not the reference's."""
     options = parse()
     console = Console(stderr=True)
-    try:
-        run_options = RunOptions(
-            overrides=options.overrides,
-            target=options.target,
-            device=options.device,
-            dtype=options.dtype,
-            limit=options.limit,
-        )
-        suite = open_suite(options.suite, run_options, console)
-        target = load_target(suite.config.target, run_options, console)
-        sweep = Sweep(suite, target, make_methods(suite, target, options, console), options)
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
+    suite, target = script.open_both(options, console)
+    sweep = Sweep(suite, target, make_methods(suite, target, options, console), options)
     try:
         with counting_bars(console) as progress:
             task = progress.add_task("sweep", total=sweep.total, completed=len(sweep.lines))

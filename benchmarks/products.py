@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from vsdbench.bench import script
+from vsdbench.errors import EnvironmentProblemError
+from vsdbench.models.device import dtype_name
 from vsdbench.models.packed import can_pack, pack
 
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
@@ -47,19 +51,24 @@ def measure(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
     return medians | {"ratio": medians["plain_ms"] / medians["packed_ms"]}
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Print the table."""
+    arguments = parse()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         if not can_pack(torch.device("cpu"), dtype):
-            raise SystemExit("this build of torch has no packed products")
+            raise EnvironmentProblemError("this build of torch has no packed products.")
         for rows in arguments.rows:
-            row = {"dtype": str(dtype).removeprefix("torch."), "rows": rows} | measure(dtype, rows, arguments.repeats)
+            row = {"dtype": dtype_name(dtype), "rows": rows} | measure(dtype, rows, arguments.repeats)
             results.append(row)
             if not arguments.json:
                 print(
@@ -69,7 +78,8 @@ def main() -> None:
                 )
     if arguments.json:
         print(json.dumps(results))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,7 +28,7 @@ from unittest import mock
 
 import numpy as np
 
-from vsdbench.errors import VsdbenchError
+from vsdbench.bench import script
 from vsdbench.paths import results_dir
 from vsdbench.store.store import CONFIG, MANIFEST, RECORDS, find_run
 
@@ -107,27 +107,28 @@ def _timed(function: Callable[..., Any], part: str, seconds: dict[str, Times]) -
     return timed
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="Seconds that a report of a large run takes.")
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
     parser.add_argument("--run", default="mtbench-hour-cpu-2026-11-25", help="the run whose prompts are drawn from")
     parser.add_argument("--results", type=Path, default=Path("results/reference"), help="folder of runs")
     parser.add_argument("--records", type=int, default=20_000, help="about so many (default: 20000)")
     parser.add_argument("--all-cores", action="store_true", help="do not keep to one core")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure and print."""
+    options = parse()
     if not options.all_cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    try:
-        run = find_run(results_dir(options.results), options.run)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "run"
-            folder.mkdir()
-            num_records = enlarge(run, options.records, folder)
-            seconds = measure(folder, Path(scratch) / "report.pdf")
-    except VsdbenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    run = find_run(results_dir(options.results), options.run)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        folder.mkdir()
+        num_records = enlarge(run, options.records, folder)
+        seconds = measure(folder, Path(scratch) / "report.pdf")
     if options.json:
         parts = {part: asdict(times) for part, times in seconds.items()}
         print(json.dumps({"run": run.name, "records": num_records, "parts": parts}))

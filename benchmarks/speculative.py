@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from vsdbench.bench import script
 from vsdbench.bench.auto_tree import calibration_prompts
-from vsdbench.bench.conversation import encode_turn
 from vsdbench.bench.methods import REFERENCE, Method, build_methods
-from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import Generation, TreeShape
-from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.errors import ConfigError
 from vsdbench.suites.schema import SuiteConfig
 
 
@@ -36,16 +33,15 @@ def measure(methods: Sequence[Method], prompts: Sequence[Sequence[int]], tokens:
     done: dict[str, list[Generation]] = {method.name: [] for method in methods}
     for method in methods:
         _decode(method, prompts[0], min(8, tokens))
-    for turn in range(repeats * len(prompts)):
-        for method in methods if turn % 2 == 0 else reversed(methods):
-            done[method.name].append(_decode(method, prompts[turn % len(prompts)], tokens))
+    for method, prompt in script.in_turns(methods, prompts, repeats):
+        done[method.name].append(_decode(method, prompt, tokens))
     found: dict[str, Any] = {}
     for name, generations in done.items():
         pairs = list(zip(done[REFERENCE], generations, strict=True))
-        ratios = [_s_per_token(plain) / _s_per_token(this) for plain, this in pairs]
+        speed, speed_range = script.spread([plain.s_per_token / this.s_per_token for plain, this in pairs])
         found[name] = {
-            "speed_over_plain": statistics.median(ratios),
-            "speed_over_plain_range": [min(ratios), max(ratios)],
+            "speed_over_plain": speed,
+            "speed_over_plain_range": speed_range,
             "equal_outputs": sum(plain.token_ids == this.token_ids for plain, this in pairs),
         }
         steps = [step for generation in generations for step in generation.steps]
@@ -62,10 +58,6 @@ def measure(methods: Sequence[Method], prompts: Sequence[Sequence[int]], tokens:
 def _decode(method: Method, prompt: Sequence[int], tokens: int) -> Generation:
     shape = method.shape_in("greedy") or TreeShape(budget=0)
     return method.run(prompt, DecodeSettings(max_new_tokens=tokens, shape=shape, eos_ids=frozenset()))
-
-
-def _s_per_token(generation: Generation) -> float:
-    return generation.decode_s / max(1, len(generation.token_ids) - 1)
 
 
 def _only(config: SuiteConfig, names: str | None) -> SuiteConfig:
@@ -86,40 +78,26 @@ def _only(config: SuiteConfig, names: str | None) -> SuiteConfig:
     )
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the suite")
-    parser.add_argument("--suite", default="peers", help="where methods and prompts come from (default: peers)")
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_suite(parser, "peers", prompts=4, overrides=True)
     parser.add_argument("--methods", help="names, comma-separated (default: all of the suite)")
-    parser.add_argument("--target", help="another target than the suite's")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32 or fp64 (default: auto)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--prompts", type=int, default=4, help="spread over the suite's categories (default: 4)")
     parser.add_argument("--repeats", type=int, default=2, help="of every prompt (default: 2)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens an answer, no early end (default: 64)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure and print."""
+    options = parse()
     console = Console(stderr=True)
-    try:
-        run_options = RunOptions(
-            overrides=options.overrides,
-            target=options.target,
-            device=options.device,
-            dtype=options.dtype,
-            limit=options.prompts,
-        )
-        suite = open_suite(options.suite, run_options, console)
-        target = load_target(suite.config.target, run_options, console)
-        prompts = [encode_turn(target, prompt, suite.config.generation) for prompt in suite.prompts]
-        config = _only(suite.config, options.methods)
-        methods = build_methods(config, target, console=console, calibration=calibration_prompts(suite, target))
-        result = measure(methods, prompts, options.tokens, options.repeats)
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
-    result |= {"target": target.name, "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
-    result |= {"threads": torch.get_num_threads()}
+    suite, target = script.open_both(options, console)
+    config = _only(suite.config, options.methods)
+    methods = build_methods(config, target, console=console, calibration=calibration_prompts(suite, target))
+    result = measure(methods, script.first_turns(suite, target), options.tokens, options.repeats)
+    result |= script.setting(target)
     if options.json:
         print(json.dumps(result))
         return 0

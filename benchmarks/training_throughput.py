@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,10 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from vsdbench.bench import script
 from vsdbench.bench.run import RunOptions, load_target
+from vsdbench.models.device import dtype_name
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.training.data import ensure_data
 from vsdbench_drafters.training.feature_files import cached_features
@@ -92,11 +96,10 @@ class Runner:
         return median(wall), median(processor)
 
 
-def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m-q4")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32 (default: auto)")
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_target(parser, device=False)
     parser.add_argument("--objectives", default="kl,ce,topk,onpolicy,vsd")
     parser.add_argument("--recipe", default="eagle3-kl-quickstart", help="whose data")
     parser.add_argument("--steps", type=int, default=4, help="steps of training-time test")
@@ -105,10 +108,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--checkpoint", type=Path, help="start from this drafter, so that proposals are real ones")
     parser.add_argument("--options", default=_OPTIONS, help="options of path objectives, as YAML")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    import yaml  # noqa: PLC0415 - for one option
+    return parser.parse_args()
 
+
+@script.guarded
+def main() -> int:
+    """Measure and print a table."""
+    args = parse()
     options = yaml.safe_load(args.options)
     console = Console(width=150, stderr=True)
     target = load_target(args.target, RunOptions(device="cpu", dtype=args.dtype), console)
@@ -146,10 +152,11 @@ def main() -> None:
             first += size
     objectives = lines(runners, args.batches)
     if args.json:
-        found = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
+        found = {"threads": torch.get_num_threads(), "dtype": dtype_name(dtype)}
         print(json.dumps(found | {"objectives": objectives}))
     else:
         Console(width=150).print(table(objectives))
+    return 0
 
 
 def lines(runners: list[Runner], num_batches: int) -> list[dict[str, Any]]:
@@ -187,4 +194,4 @@ def table(objectives: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

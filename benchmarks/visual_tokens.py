@@ -31,11 +31,11 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 
+from vsdbench.bench import script
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.tree import any_chain
-from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.errors import ConfigError
 from vsdbench.models.device import choose_device, choose_dtype, synchronize
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import PreallocatedCache
@@ -255,44 +255,41 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [float(value) for value in np.quantile(ratios, [0.5, 0.25, 0.75])]
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = script.make_parser(__doc__)
+    script.add_numbers(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=[81, 256, 576], help="visual tokens of a picture")
     parser.add_argument("--num-q", type=int, default=2, help="vectors ViSpec sums a picture up in (default: 2)")
     parser.add_argument("--budget", type=int, default=7, help="draft tokens of the tree, three deep (default: 7)")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--processor-time", action="store_true", help="of this process, in place of the clock's time")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    try:
-        device = choose_device(options.device)
-        settings = BUILT_MODELS["smolvision"]
-        target = untrained_target(
-            fetch_model(settings.language_model, progress=True).path,
-            tower=settings.tower,
-            dtype=choose_dtype(options.dtype, device),
-            device=device,
-        )
-        lines = measure(
-            target,
-            make_drafters(target, num_q=options.num_q),
-            [make_prompt(target, count) for count in options.tokens],
-            shape=TreeShape(budget=options.budget, depth=min(3, options.budget), top_k=min(4, options.budget)),
-            repeats=options.repeats,
-            clock=time.process_time if options.processor_time else time.perf_counter,
-        )
-    except VsdbenchError as error:
-        console.print(f"[red]error:[/] {error}")
-        return error.exit_code
+    return parser.parse_args()
+
+
+@script.guarded
+def main() -> int:
+    """Measure and print."""
+    options = parse()
+    device = choose_device(options.device)
+    settings = BUILT_MODELS["smolvision"]
+    target = untrained_target(
+        fetch_model(settings.language_model, progress=True).path,
+        tower=settings.tower,
+        dtype=choose_dtype(options.dtype, device),
+        device=device,
+    )
+    lines = measure(
+        target,
+        make_drafters(target, num_q=options.num_q),
+        [make_prompt(target, count) for count in options.tokens],
+        shape=TreeShape(budget=options.budget, depth=min(3, options.budget), top_k=min(4, options.budget)),
+        repeats=options.repeats,
+        clock=time.process_time if options.processor_time else time.perf_counter,
+    )
     result = {"lines": lines, "num_q": options.num_q, "budget": options.budget, "weights": "untrained"}
-    result |= {"target": f"{settings.language_model} with a tower as smolvision's", "repeats": options.repeats}
-    result |= {"time": "processor" if options.processor_time else "clock"}
-    result |= {"dtype": str(target.dtype).removeprefix("torch."), "device": str(device)}
-    result |= {"threads": torch.get_num_threads()}
+    result |= {"time": "processor" if options.processor_time else "clock", "repeats": options.repeats}
+    result |= script.setting(target) | {"target": f"{settings.language_model} with a tower as smolvision's"}
     print(json.dumps(result) if options.json else table(result))
     return 0
 

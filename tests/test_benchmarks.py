@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import batch
+
+from vsdbench.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NO_RATIO = {"aa_control", "coverage", "lossless_sweep"}
@@ -60,13 +64,22 @@ def run(benchmarks, monkeypatch, *arguments):
     return benchmarks.main()
 
 
-def test_every_file_takes_part(benchmarks):
+def test_every_file_takes_part_and_takes_what_it_is_given(benchmarks, monkeypatch):
     files = {path.stem for path in FOLDER.glob("*.py")} - {"__main__"}
     assert files == set(benchmarks.BENCHMARKS) | NO_RATIO
-    for name in benchmarks.BENCHMARKS:
-        source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-        flags = (*benchmarks.BENCHMARKS[name].quick, *benchmarks.BENCHMARKS[name].arguments)
-        assert all(f'"{flag}"' in source for flag in ["--json", *flags] if flag.startswith("--")), name
+    for name, benchmark in benchmarks.BENCHMARKS.items():
+        parse = importlib.import_module(f"benchmarks.{name}").parse
+        for arguments in ((), benchmark.arguments, benchmark.quick):
+            monkeypatch.setattr(sys, "argv", [name, "--json", *arguments])
+            assert parse().json
+    for name in NO_RATIO:
+        monkeypatch.setattr(sys, "argv", [name])
+        assert importlib.import_module(f"benchmarks.{name}").parse()
+
+
+def test_a_batch_that_is_never_full_is_refused():
+    with pytest.raises(ConfigError, match=r"--sizes has 8, but there are 2 prompts"):
+        batch.measure(None, {}, [[1], [2]], sizes=[1, 8], repeats=1, tokens=4)
 
 
 def test_ratios_are_shown_and_kept_with_the_machine(benchmarks, started, monkeypatch, tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-import time
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -13,7 +12,7 @@ import torch
 from rich.table import Table
 
 from vsdbench.bench.decode_step import measure_steps
-from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, synchronize
+from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, dtype_name, seconds_of
 from vsdbench.models.packed import can_pack
 from vsdbench.models.source import DEFAULT_MODEL, fetch_model
 from vsdbench.models.target import Target
@@ -21,7 +20,6 @@ from vsdbench.paths import cache_dir, list_data
 from vsdbench.provenance import machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
@@ -43,12 +41,11 @@ def examine(device_name: str = "auto") -> dict[str, Any]:
     dtype = choose_dtype("auto", device)
     speed: dict[str, Any] = {
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "bf16_speedup": bf16_speedup(device),
         "memory_bandwidth_gb_per_s": memory_bandwidth(device) / 1e9,
         "matmul_gflops": {
-            str(kind).removeprefix("torch."): matmul_flops(device, kind) / 1e9
-            for kind in (torch.float32, torch.bfloat16)
+            dtype_name(kind): matmul_flops(device, kind) / 1e9 for kind in (torch.float32, torch.bfloat16)
         },
     }
     cache = _cache()
@@ -76,24 +73,13 @@ def _decode_step(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | N
 def memory_bandwidth(device: torch.device) -> float:
     """Return measured bytes a second of reading memory, from summing 256 MB."""
     data = torch.ones(64 * 1024 * 1024, device=device)
-    return data.nbytes / _median_s(data.sum, device)
+    return data.nbytes / seconds_of(data.sum, device, repeats=7)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Return measured floating-point operations a second of a square matrix product."""
     left = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _median_s(lambda: left @ left, device)
-
-
-def _median_s(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[repeats // 2]
+    return 2 * size**3 / seconds_of(lambda: left @ left, device, repeats=7)
 
 
 def _cache() -> dict[str, Any]:

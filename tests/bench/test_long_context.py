@@ -133,6 +133,13 @@ def test_every_context_is_measured_against_the_first():
     assert result["cache"]["bytes"] == result["cache"]["computed_bytes"]
 
 
+def test_a_context_may_be_shorter_than_the_turns_are_many():
+    result = measure_contexts(
+        target_of("llama"), make_prompt(9), [3, 9], rows=4, drafters={"ngram": NgramDrafter()}, shape=SHAPE, repeats=4
+    )
+    assert [line["context"] for line in result["lines"]] == [3, 9]
+
+
 @pytest.mark.parametrize(
     ("contexts", "message"),
     [([60, 20], "the shortest first"), ([20, 90], "needs a longer one"), ([20, 505], "positions")],

@@ -20,7 +20,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,9 +118,8 @@ class Choice:
 
     def describe(self) -> dict[str, Any]:
         """Return it as plain JSON data, for the manifest."""
-        shape = self.shape
         return {
-            "tree": {"kind": shape.kind, "budget": shape.budget, "depth": shape.depth, "top_k": shape.top_k},
+            "tree": asdict(self.shape),
             "predicted_tau": self.tau,
             "predicted_speedup": self.speedup,
             "predicted_step_ms": self.step_ms,
@@ -326,7 +325,7 @@ def play_off(
     choices = []
     for shape in shapes:
         own = answers[shape]
-        logs = [math.log(_pace(a) / _pace(b)) for a, b in zip(plain, own, strict=True) if a.steps and b.steps]
+        logs = [math.log(a.s_per_token / b.s_per_token) for a, b in zip(plain, own, strict=True) if a.steps and b.steps]
         steps = sum(len(answer.steps) for answer in own)
         emitted = sum(len(answer.token_ids) - 1 for answer in own)
         choices.append(
@@ -338,11 +337,6 @@ def play_off(
             )
         )
     return sorted(choices, key=lambda choice: (-choice.speedup, choice.shape.budget))
-
-
-def _pace(answer: Generation) -> float:
-    """Return the seconds a token, prefill apart."""
-    return answer.decode_s / (len(answer.token_ids) - 1)
 
 
 def choose_trees(

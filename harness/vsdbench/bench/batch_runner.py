@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from vsdbench.bench.lossless import compare
@@ -172,7 +172,7 @@ class BatchRunner:
             mode=group.mode.name,
             temperature=group.mode.temperature,
             rule=group.mode.rule,
-            tree=Tree(kind=shape.kind, budget=shape.budget, depth=shape.depth, top_k=shape.top_k) if shape else None,
+            tree=Tree(**asdict(shape)) if shape else None,
             max_new_tokens=runner.suite.config.generation.max_new_tokens,
             answers=tuple(
                 self._answer(prompt, group, *one) for prompt, one in zip(group.prompts, decoded, strict=True)

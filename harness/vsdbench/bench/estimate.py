@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.tree import any_chain
 from vsdbench.models.branching import key_shape
-from vsdbench.models.device import synchronize
+from vsdbench.models.device import dtype_name, seconds_of
 from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.pictures.settings import check_is_built
 
@@ -96,7 +95,7 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         "suite": config.name,
         "target": target.name,
         "device": target.device.type,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(target.dtype),
         "num_prompts": len(suite.prompts),
         "num_decodes": decodes * (len(config.baselines) + len(config.drafters) + len(config.peers)),
         "methods": methods,
@@ -144,18 +143,11 @@ def _autoregressive(target: Target, prompt: Sequence[int]) -> tuple[float, float
     return generation.prefill_s, generation.decode_s / len(generation.steps)
 
 
-def _tree_forward_s(target: Target, budget: int, repeats: int = 5) -> float:
+def _tree_forward_s(target: Target, budget: int) -> float:
     """Return measured seconds of one target forward over a chain of ``budget`` draft tokens."""
     state = target.prefill([0, 1, 0, 1], budget + 64)
     tree = any_chain(budget, target.device)
-    times = []
-    for _ in range(repeats):
-        synchronize(target.device)
-        started = time.perf_counter()
-        target.forward_tree(state, tree)
-        synchronize(target.device)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[repeats // 2]
+    return seconds_of(lambda: target.forward_tree(state, tree), target.device, repeats=5)
 
 
 def _batches_s(target: Target, config: SuiteConfig, prefill_s: float, tokens: float) -> float:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from vsdbench.bench.estimate import cache_bytes
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.tree import any_chain
 from vsdbench.errors import ConfigError
-from vsdbench.models.device import synchronize
+from vsdbench.models.device import seconds_of
 from vsdbench.models.state import SequenceState
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def measure_contexts(
         ConfigError: The contexts are not increasing, or the text or the target's positions end before the last.
     """
     shape = shape or TreeShape(budget=rows - 1)
-    spare = max(rows, shape.budget + 1) + repeats + WARM_UP
+    spare = rows_behind(shape.budget, rows=rows, repeats=repeats)
     _check(target, len(tokens), contexts, spare)
     longest = target.prefill(list(tokens[: contexts[-1]]), contexts[-1] + spare)
     states = [_beginning(longest, tokens[:count]) for count in contexts]
@@ -71,9 +70,9 @@ def measure_contexts(
         for state, count in zip(states, contexts, strict=True):
             for name, tree in steps.items():
                 state.cache.length = count
-                elapsed = _timed_ms(target, functools.partial(target.forward_tree, state, tree))
+                elapsed = seconds_of(functools.partial(target.forward_tree, state, tree), target.device)
                 if repeat >= WARM_UP:
-                    times[name, count].append(elapsed)
+                    times[name, count].append(1e3 * elapsed)
     drafted = {
         name: _draft_ms(target, drafter, states, contexts, shape, repeats) for name, drafter in (drafters or {}).items()
     }
@@ -87,6 +86,15 @@ def measure_contexts(
             "computed_bytes": cache_bytes(target, cache.capacity),
         },
     }
+
+
+def rows_behind(budget: int, *, rows: int, repeats: int) -> int:
+    """Return the positions that must stay free behind a context for its steps; arguments as for ``measure_contexts``.
+
+    >>> rows_behind(7, rows=8, repeats=9)
+    19
+    """
+    return max(rows, budget + 1) + repeats + WARM_UP
 
 
 def _check(target: Target, num_tokens: int, contexts: Sequence[int], spare: int) -> None:
@@ -128,21 +136,13 @@ def _draft_ms(  # noqa: PLR0917 - what measure_contexts has
             drafter.begin(state, count + shape.budget + 2 + repeats + WARM_UP)
             for repeat in range(repeats + WARM_UP):
                 propose = functools.partial(drafter.propose, state, shape, temperature=0.0, generator=generator)
-                elapsed = _timed_ms(target, propose)
+                elapsed = seconds_of(propose, target.device)
                 features = target.forward_tree(state, any_chain(0, target.device)).features
-                state.commit([], [state.prompt[repeat]])
-                elapsed += _timed_ms(target, functools.partial(drafter.commit, state, 0, features))
+                state.commit([], [state.prompt[repeat % count]])
+                elapsed += seconds_of(functools.partial(drafter.commit, state, 0, features), target.device)
                 if repeat >= WARM_UP:
-                    times[count].append(elapsed)
+                    times[count].append(1e3 * elapsed)
     return {count: statistics.median(found) for count, found in times.items()}
-
-
-def _timed_ms(target: Target, function: Callable[[], object]) -> float:
-    synchronize(target.device)
-    started = time.perf_counter()
-    function()
-    synchronize(target.device)
-    return 1e3 * (time.perf_counter() - started)
 
 
 def _line(

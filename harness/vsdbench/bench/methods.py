@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vsdbench.models.target import Target
-    from vsdbench.suites.schema import DrafterEntry, SuiteConfig
+    from vsdbench.suites.schema import DrafterEntry, Mode, SuiteConfig
 
 REFERENCE = "autoregressive"
 """The same-engine baseline: what every other method's output is compared with."""
@@ -65,6 +65,17 @@ class Method:
         return TreeShape(**self.trees[mode]["tree"]) if mode in self.trees else self.shape
 
 
+def settings_of(suite: SuiteConfig, mode: Mode, *, seed: int, shape: TreeShape | None = None) -> DecodeSettings:
+    """Return how answers of a suite are decoded in a mode, plainly where no shape is given."""
+    return DecodeSettings(
+        max_new_tokens=suite.generation.max_new_tokens,
+        shape=shape or TreeShape(budget=0),
+        rule=mode.rule,
+        sampling=SamplingParams(temperature=mode.temperature, top_k=mode.sampling_top_k, top_p=mode.top_p),
+        seed=seed,
+    )
+
+
 def build_methods(
     suite: SuiteConfig,
     target: Target,
@@ -83,10 +94,8 @@ def build_methods(
         chosen: Trees chosen before, by method and mode, for a run that goes on.
 
     Raises:
-        ConfigError: The same-engine baseline is missing, or a drafter or peer is unknown or misconfigured.
+        ConfigError: A drafter or peer is unknown or misconfigured.
     """
-    if REFERENCE not in suite.baselines:
-        raise ConfigError(f"baselines is {list(suite.baselines)}: '{REFERENCE}' must be among them, as the reference.")
     # An unknown drafter is found before the first of them is trained.
     builders = [registry.load("vsdbench.drafters", entry.type) for entry in suite.drafters]
     peers = [
@@ -117,14 +126,7 @@ def _with_chosen_trees(
     target, prompts = measured_on
     assert method.drafter is not None
     modes: dict[str, DecodeSettings] = {
-        mode.name: DecodeSettings(
-            max_new_tokens=suite.generation.max_new_tokens,
-            rule=mode.rule,
-            sampling=SamplingParams(temperature=mode.temperature, top_k=mode.sampling_top_k, top_p=mode.top_p),
-            seed=suite.seed,
-        )
-        for mode in suite.modes
-        if mode.name not in known
+        mode.name: settings_of(suite, mode, seed=suite.seed) for mode in suite.modes if mode.name not in known
     }
     trees = dict(known)
     if modes:

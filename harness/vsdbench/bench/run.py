@@ -28,7 +28,7 @@ from vsdbench.bench.summary import Summary, summarise, summary_frame
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, VsdbenchError
 from vsdbench.models.compiled import describe
-from vsdbench.models.device import choose_device, choose_dtype
+from vsdbench.models.device import choose_device, choose_dtype, dtype_name
 from vsdbench.models.source import fetch_model
 from vsdbench.models.target import Target
 from vsdbench.models.together import check_together
@@ -106,7 +106,7 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
         console.print(f"compiled its steps in {target.compiled_layers.seconds:.0f} s")
     elif options.compiled:
         console.print(f"[yellow]note:[/] its steps run as they are, not compiled: {target.not_compiled}")
-    console.print(f"target {name} ({files.fingerprint}) on {device}, {str(dtype).removeprefix('torch.')}")
+    console.print(f"target {name} ({files.fingerprint}) on {device}, {dtype_name(dtype)}")
     return target
 
 
@@ -265,7 +265,7 @@ def _create(  # noqa: PLR0917 - what a manifest is made of
         "target": target.name,
         "target_fingerprint": target.fingerprint,
         "device": target.device.type,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(target.dtype),
         "attention": target.attention,
         "layers": target.layers_are,
         "compiled": describe(target) if suite.config.compile else None,

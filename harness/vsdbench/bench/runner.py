@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from vsdbench.bench.conversation import check_length, encode_turn
 from vsdbench.bench.diagnostics import diagnose
 from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.lossless import compare
-from vsdbench.bench.methods import REFERENCE, Method
-from vsdbench.decoding.engine import DecodeSettings
-from vsdbench.decoding.interfaces import Generation, TreeShape
-from vsdbench.decoding.sampling import SamplingParams
+from vsdbench.bench.methods import REFERENCE, Method, settings_of
+from vsdbench.decoding.interfaces import Generation
 from vsdbench.models.compiled import num_graphs
+from vsdbench.models.device import dtype_name
 from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.store.records import Record, RecordKey, Steps, Tree, hash_tokens
 from vsdbench.store.store import RunStore, load_outputs, load_records
 
 if TYPE_CHECKING:
+    from vsdbench.decoding.engine import DecodeSettings
     from vsdbench.models.target import Target
     from vsdbench.suites.loaders import Suite
     from vsdbench.suites.prompts import Prompt
@@ -178,7 +178,7 @@ class Runner:
             target=self.target.name,
             target_fingerprint=self.target.fingerprint,
             drafter_fingerprint=method.drafter_fingerprint,
-            dtype=str(self.target.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.target.dtype),
             attention=self.target.attention,
             template_hash=self.target.template_hash,
             mode=block.mode.name,
@@ -186,7 +186,7 @@ class Runner:
             sampling_top_k=sampling.top_k,
             top_p=sampling.top_p,
             rule=settings.rule,
-            tree=Tree(kind=shape.kind, budget=shape.budget, depth=shape.depth, top_k=shape.top_k) if shape else None,
+            tree=Tree(**asdict(shape)) if shape else None,
             max_new_tokens=settings.max_new_tokens,
             stop_reason=generation.stop_reason,
             num_prompt_tokens=len(prompt),
@@ -208,14 +208,8 @@ class Runner:
 
     def settings(self, block: Block, method: Method) -> DecodeSettings:
         """Return how a method decodes a block."""
-        mode = block.mode
-        return DecodeSettings(
-            max_new_tokens=self.suite.config.generation.max_new_tokens,
-            shape=method.shape_in(mode.name) or TreeShape(budget=0),
-            rule=mode.rule,
-            sampling=SamplingParams(temperature=mode.temperature, top_k=mode.sampling_top_k, top_p=mode.top_p),
-            seed=self._seed(block),
-        )
+        shape = method.shape_in(block.mode.name)
+        return settings_of(self.suite.config, block.mode, seed=self._seed(block), shape=shape)
 
     def _seed(self, block: Block) -> int:
         """Return the seed of a prompt's turn: the same for every method and repeat, different between prompts."""

@@ -251,3 +251,8 @@ class Generation:
     decode_s: float
     steps: list[StepRecord] = field(default_factory=list)
     drafted: list[Drafted] = field(default_factory=list)
+
+    @property
+    def s_per_token(self) -> float:
+        """Seconds a token, prefill apart; 0 where the answer ended with its first token."""
+        return self.decode_s / max(1, len(self.token_ids) - 1)

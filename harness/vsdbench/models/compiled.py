@@ -197,24 +197,19 @@ def _let_vary(masks: Tensor | dict[str, Tensor], cache: Sequence[Tensor]) -> Non
         mark_dynamic(tensor, 2)
 
 
-def compile_layers(
-    target: Target, rows: Collection[int], probe: Sequence[int], backend: Backend | None = None
-) -> str | None:
+def compile_layers(target: Target, rows: Collection[int], probe: Sequence[int]) -> str | None:
     """Let the target's tree forwards run compiled, if they then say what its fused layers say; return why not, if not.
 
     Args:
         target: It has fused layers.
         rows: Numbers of rows to compile for: root and draft tokens.
         probe: A prompt to compare both behind.
-        backend: As for ``CompiledLayers``.
     """
     assert target.fused_layers is not None
     if reason := why_not(target.device):
         return reason
     static = target.device.type == "cuda"
-    compiled = CompiledLayers(
-        target.fused_layers, target.feature_layers, dtype=target.dtype, static=static, backend=backend
-    )
+    compiled = CompiledLayers(target.fused_layers, target.feature_layers, dtype=target.dtype, static=static)
     return learn(target, compiled, rows, probe)
 
 

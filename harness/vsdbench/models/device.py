@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -50,14 +51,23 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what a dtype is called.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
-def bf16_speedup(device: torch.device, repeats: int = 12) -> float:
+def bf16_speedup(device: torch.device) -> float:
     """Return how much faster than fp32 a product of 8 rows with a 1,024 x 4,096 matrix runs in bf16, measured.
 
     In turns, and the best of each: other work on the machine can only make a product slower, and must not decide.
     """
     products = {dtype: _product(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    turns = [{dtype: product() for dtype, product in products.items()} for _ in range(repeats)]
+    turns = [{dtype: product() for dtype, product in products.items()} for _ in range(12)]
     return min(turn[torch.float32] for turn in turns) / min(turn[torch.bfloat16] for turn in turns)
 
 
@@ -67,21 +77,29 @@ def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
     # Several matrices, so that the weights come from memory as they do in a model and not from a warm cache.
     weights = [torch.ones(4096, 1024, device=device, dtype=dtype) for _ in range(4)]
 
-    def seconds() -> float:
-        synchronize(device)
-        start = time.perf_counter()
+    def multiply() -> None:
         for weight in weights:
             torch.nn.functional.linear(rows, weight)
-        synchronize(device)
-        return time.perf_counter() - start
 
-    return seconds
+    return functools.partial(seconds_of, multiply, device)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that a clock read next is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Return the seconds that a function takes, with what it gives the device to do: the median of so many times."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def mark(device: torch.device) -> Mark:

@@ -14,7 +14,7 @@ import torch
 
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.errors import ConfigError, first_line, is_out_of_memory
-from vsdbench.models.device import send_numbers
+from vsdbench.models.device import dtype_name, send_numbers
 from vsdbench.models.fused import agree
 from vsdbench.models.kv_cache import PreallocatedCache
 
@@ -47,8 +47,9 @@ def check_tree(target: Target) -> None:
         reason = first_line(error)
         raise ConfigError(f"{_cannot(target)}: its own code stops over one ({reason}). {_INSTEAD}") from error
     if not bool(torch.isfinite(alone).all()):
-        dtype = str(target.dtype).removeprefix("torch.")
-        raise ConfigError(f"'{target.name}' computes no numbers in {dtype}: use --dtype bf16 or fp32.")
+        raise ConfigError(
+            f"'{target.name}' computes no numbers in {dtype_name(target.dtype)}: use --dtype bf16 or fp32."
+        )
     if not agree(among[1 - _NUM_PATH :], alone[1 - _NUM_PATH :]):
         raise ConfigError(
             f"{_cannot(target)}: it reads a token otherwise when other guesses stand beside it. {_INSTEAD}"

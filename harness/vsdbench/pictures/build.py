@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from vsdbench import provenance
 from vsdbench.bars import counting_bars
 from vsdbench.errors import EnvironmentProblemError
-from vsdbench.models.device import choose_dtype
+from vsdbench.models.device import choose_dtype, dtype_name
 from vsdbench.models.source import fetch_model
 from vsdbench.pictures.llava import assemble, make_processor
 from vsdbench.pictures.scenes import Scene
@@ -103,7 +103,7 @@ def _build(name: str, settings: BuildSettings, language_model: Path, work: Path,
     ):
         scores = examine(model, processor.tokenizer, scenes, report=advance)
     seconds["examining"] = round(time.monotonic() - start, 1)
-    facts = _facts(name, settings, seconds, str(dtype).removeprefix("torch."))
+    facts = _facts(name, settings, seconds, dtype_name(dtype))
     _write(model, processor, work / "model", facts | {"scores": scores})
 
 
