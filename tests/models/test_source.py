@@ -76,8 +76,6 @@ def test_a_local_model_is_used_where_it_lies(tmp_path: Path) -> None:
     files = fetch_model(str(folder))
     assert (files.kind, files.path, files.revision, files.licence) == ("local", folder, None, "apache-2.0")
     assert files.fingerprint == fingerprint(folder)
-    with pytest.raises(ConfigError, match="has no revision 'main'"):
-        fetch_model(str(folder), revision="main")
 
 
 def test_the_fingerprint_is_of_weights_and_configuration_alone(tmp_path: Path) -> None:
@@ -201,7 +199,7 @@ def test_without_the_hub_a_kept_copy_is_used_and_said(hub: FakeHub) -> None:
     note = fetch_model("owner/model", progress=False).note
     assert note is not None
     assert f"using the copy of owner/model at {COMMIT[:12]}" in note
-    assert fetch_model("owner/model", revision=COMMIT, progress=False).note is None
+    assert fetch_model(f"owner/model@{COMMIT}", progress=False).note is None
 
 
 def test_what_the_hub_refuses_becomes_one_sentence(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +214,7 @@ def test_what_the_hub_refuses_becomes_one_sentence(hub: FakeHub, monkeypatch: py
 
         monkeypatch.setattr(hub, "repo_info", fail)
         with pytest.raises(ConfigError, match=expected):
-            fetch_model("owner/model", revision="v9", progress=False)
+            fetch_model("owner/model@v9", progress=False)
 
 
 def test_a_disk_that_fills_up_during_a_hub_download_says_so(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

