@@ -152,7 +152,7 @@ class Case:
 
         def draw(row: int) -> int:
             waits = self._waits.at(self._position + step.depths[row], vocab_size, device)
-            return first_to_arrive(step.target(row), waits.numpy())
+            return first_to_arrive(target_probs(self._logits[row], self._params), waits.numpy())
 
         return draw
 
