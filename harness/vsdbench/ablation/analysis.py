@@ -105,17 +105,12 @@ def _row(
         "control": arm["control"],
         "seeds": arm["seeds"],
         "tau": tau.value,
-        "tau_ci": None if tau.ci is None else list(tau.ci),
+        "tau_ci": stats.as_list(tau.ci),
     }
     measured = all(len(records) for records, _ in (*ours, *theirs))
     for measure, difference in (("tau", tau_difference), ("speedup", speedup_difference)):
         found = Difference() if is_reference or not measured else difference(ours, theirs, **bootstrap)
-        row |= {
-            f"delta_{measure}_pct": found.change_pct,
-            f"delta_{measure}_ci": None if found.ci_pct is None else list(found.ci_pct),
-            f"p_{measure}": found.p_value,
-            f"p_{measure}_holm": None,
-        }
+        row |= found.entries(measure) | {f"p_{measure}_holm": None}
         if measure == "tau":
             row |= {"num_prompts": found.num_prompts or tau.num_units}
     return row | {"budget": arm["budget"]}

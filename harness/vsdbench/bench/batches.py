@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vsdbench.bench import metrics, stats
+from vsdbench.bench.paired import Frames
 from vsdbench.store.batches import BatchRecord
 
-Frames: TypeAlias = tuple[pd.DataFrame, pd.DataFrame]
 PLAIN = "autoregressive"  # ``bench.methods.REFERENCE``; a report needs no torch
 _TIMES = ("draft_ms", "verify_ms", "other_ms")
 _IDENTITY = ("group", "turn", "repeat", "batch_size", "method", "kind", "mode", "temperature")
@@ -136,7 +136,7 @@ def _ratio(name: str, ours: pd.DataFrame, theirs: pd.DataFrame | None, *, full: 
     if both.empty:
         return {name: None, f"{name}_ci": None}
     estimate = stats.t_estimate(np.log(both["theirs"].to_numpy() / both["ours"].to_numpy())).map(math.exp)
-    return {name: estimate.value, f"{name}_ci": None if estimate.ci is None else list(estimate.ci)}
+    return {name: estimate.value, f"{name}_ci": stats.as_list(estimate.ci)}
 
 
 def _seconds_a_token(steps: pd.DataFrame) -> pd.Series[float]:

@@ -46,7 +46,7 @@ def controls(records: pd.DataFrame) -> list[dict[str, Any]]:
                 "mode": str(rows["mode"].iloc[0]),
                 "temperature": float(rows["temperature"].iloc[0]),
                 "value": control.value,
-                "ci": None if control.ci is None else list(control.ci),
+                "ci": stats.as_list(control.ci),
                 "confidence": confidence,
                 "num_prompts": control.num_units,
                 "holds": None if control.ci is None else _holds_one(*control.ci),

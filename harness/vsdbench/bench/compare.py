@@ -180,16 +180,8 @@ def _row(
         "num_seeds": tau.num_seeds,
         "tau_a": metrics.tau(pd.concat([steps for _, steps in ours])),
         "tau_b": metrics.tau(pd.concat([steps for _, steps in theirs])),
-        **_change("tau", tau),
-        **_change("speedup", speedup),
-    }
-
-
-def _change(metric: str, difference: Difference) -> dict[str, Any]:
-    return {
-        f"delta_{metric}_pct": difference.change_pct,
-        f"delta_{metric}_ci": None if difference.ci_pct is None else list(difference.ci_pct),
-        f"p_{metric}": difference.p_value,
+        **tau.entries("tau"),
+        **speedup.entries("speedup"),
     }
 
 

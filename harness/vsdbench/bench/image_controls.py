@@ -59,9 +59,7 @@ def image_controls(
                     "num_seeds": change.num_seeds,
                     "tau": tau[0],
                     "tau_shuffled": tau[1],
-                    "delta_tau_pct": change.change_pct,
-                    "delta_tau_ci": None if change.ci_pct is None else list(change.ci_pct),
-                    "p_tau": change.p_value,
+                    **change.entries("tau"),
                 }
             )
     return found

@@ -27,7 +27,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from vsdbench.bench.stats import CONFIDENCE, NUM_RESAMPLES, BCa, Floats, Interval, log_ratios, resamples, widened
+from vsdbench.bench.stats import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    BCa,
+    Floats,
+    Interval,
+    as_list,
+    log_ratios,
+    resamples,
+    widened,
+)
 
 Frames: TypeAlias = tuple[pd.DataFrame, pd.DataFrame]
 """``(records, steps)`` as ``store.frames.to_frames`` gives them, of one method and mode."""
@@ -56,6 +66,14 @@ class Difference:
     p_value: float | None = None
     num_prompts: int = 0
     num_seeds: int = 0
+
+    def entries(self, measure: str) -> dict[str, Any]:
+        """Return it as plain JSON data: ``delta_MEASURE_pct``, ``delta_MEASURE_ci`` and ``p_MEASURE``."""
+        return {
+            f"delta_{measure}_pct": self.change_pct,
+            f"delta_{measure}_ci": as_list(self.ci_pct),
+            f"p_{measure}": self.p_value,
+        }
 
 
 def tau_difference(

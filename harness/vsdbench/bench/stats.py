@@ -53,6 +53,11 @@ class Estimate:
         return Estimate(value=None if self.value is None else function(self.value), ci=ci, num_units=self.num_units)
 
 
+def as_list(interval: Interval | None) -> list[float] | None:
+    """Return an interval as JSON has it."""
+    return None if interval is None else list(interval)
+
+
 def ratio_interval(
     numerator: Floats,
     denominator: Floats,

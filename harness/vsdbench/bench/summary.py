@@ -221,7 +221,7 @@ def _result(part: _Part, fastest: object, bootstrap: dict[str, int]) -> dict[str
     return {
         "num_prompts": int(records["unit"].nunique()),
         "tau": tau.value,
-        "tau_ci": _list(tau.ci),
+        "tau_ci": stats.as_list(tau.ci),
         "speedup": headline["value"],
         "speedup_ci": headline["ci"],
         "speedup_baseline": fastest,
@@ -247,8 +247,8 @@ def _domains(part: _Part, fastest: object, bootstrap: dict[str, int]) -> dict[st
     resampled = stats.two_level_bootstrap(ratios, part.categories, **bootstrap).map(math.exp)
     return {
         "domain_speedup": by_t.value,
-        "domain_speedup_ci": _list(by_t.ci),
-        "domain_speedup_bootstrap_ci": _list(resampled.ci),
+        "domain_speedup_ci": stats.as_list(by_t.ci),
+        "domain_speedup_bootstrap_ci": stats.as_list(resampled.ci),
     }
 
 
@@ -260,11 +260,7 @@ def _only(frame: pd.DataFrame, column: str) -> str | None:
 
 
 def _json(estimate: stats.Estimate) -> dict[str, Any]:
-    return {"value": estimate.value, "ci": _list(estimate.ci)}
-
-
-def _list(interval: stats.Interval | None) -> list[float] | None:
-    return None if interval is None else list(interval)
+    return {"value": estimate.value, "ci": stats.as_list(estimate.ci)}
 
 
 def _ends(name: str, interval: Sequence[float] | None) -> dict[str, float | None]:

@@ -192,8 +192,8 @@ def decode_together(
             logits are not numbers.
     """
     endings = [Ending.of(target, prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
-    max_length = max(ending.length + own.shape.budget + 1 for ending, own in zip(endings, settings, strict=True))
-    together = Together(target, len(drafters), max_length)
+    capacity = max(ending.length + own.shape.budget + 1 for ending, own in zip(endings, settings, strict=True))
+    together = Together(target, len(drafters), capacity)
     waiting = list(zip(range(len(prompts)), prompts, settings, endings, strict=True))[::-1]
     free = list(drafters)[::-1]
     live: list[_Sequence] = []
@@ -203,7 +203,7 @@ def decode_together(
     while waiting or live:
         # 0. Prefill what there is room for: the prompt through target and drafter, and the first token.
         while waiting and free:
-            live.append(_begin(together, free.pop(), *waiting.pop(), max_length))
+            live.append(_begin(together, free.pop(), *waiting.pop()))
             live = _retire(live, together, free, done)
             now = mark(device)
         if not live:
@@ -257,7 +257,6 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
     prompt: Sequence[int],
     settings: DecodeSettings,
     ending: Ending,
-    max_length: int,
 ) -> _Sequence:
     """Return a sequence with its first token."""
     device = together.target.device
@@ -270,7 +269,7 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
     sequence = _Sequence(index, state, drafter, settings, ending, generator, waits)
     [(_, first)] = _judge([sequence], [sequence.case(empty_tree(device), state.next_logits[None])])
     state.tokens += first
-    drafter.begin(state, max_length)
+    drafter.begin(state, together.capacity)
     synchronize(device)
     sequence.prefill_s = time.perf_counter() - started
     sequence.stop = ending.reason(len(state.tokens), first[-1])

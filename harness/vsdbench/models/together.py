@@ -60,7 +60,7 @@ class Together:
     def __init__(self, target: Target, size: int, capacity: int) -> None:
         self.target = target
         self._size = size
-        self._capacity = capacity
+        self.capacity = capacity
         if size == 1:
             return
         check_together(target, size)
@@ -74,9 +74,9 @@ class Together:
     def prefill(self, prompt: Sequence[int]) -> SequenceState:
         """Return the state of a sequence after its prompt, in a free place; raises as ``Target.prefill``."""
         if self._size == 1:
-            return self.target.prefill(prompt, self._capacity)
+            return self.target.prefill(prompt, self.capacity)
         cache = self._pool.caches[min(self._free)]
-        state = self.target.prefill(prompt, self._capacity, cache)
+        state = self.target.prefill(prompt, self.capacity, cache)
         self._free.remove(cache.slot)
         return state
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vsdbench.errors import ConfigError
 from vsdbench.store.files import AppendLog, read_lines
-from vsdbench.store.records import Count, Divergence, Model, Seconds, Steps, Tree
+from vsdbench.store.records import Count, Divergence, Model, Seconds, Steps, Tree, first_problem
 
 BATCHES = "batches.jsonl"
 BatchKey: TypeAlias = tuple[str, int, int, str, str, float, int, int]
@@ -133,9 +133,7 @@ def _parse(line: bytes, *, where: str) -> BatchRecord:
     try:
         return BatchRecord.model_validate(json.loads(line))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "record"
-        reason = f"{field}: {first['msg']}"
+        reason = first_problem(error, "record")
     except ValueError as error:
         reason = f"not JSON ({error})"
     raise ConfigError(

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from vsdbench.errors import ConfigError
 from vsdbench.store.files import storage_errors, write_atomic
-from vsdbench.store.records import Model
+from vsdbench.store.records import Model, first_problem
 
 EXAMPLES, PICTURES = "examples.json", "examples"
 """The file, and the folder of its pictures."""
@@ -89,9 +89,7 @@ def load_examples(folder: Path) -> Examples | None:
     try:
         return Examples.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
         raise ConfigError(
-            f"{path} is not a file of examples of schema 1: {field}: {first['msg']}; restore it from a copy or delete "
-            "it, nothing else needs it."
+            f"{path} is not a file of examples of schema 1: {first_problem(error, 'file')}; restore it from a copy or "
+            "delete it, nothing else needs it."
         ) from error

@@ -332,12 +332,16 @@ def parse_record(line: str | bytes, *, where: str) -> Record:
     try:
         return Record.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "record"
         raise ConfigError(
-            f"{where} is not a record of schema {SCHEMA_VERSION}: {field}: {first['msg']}; "
+            f"{where} is not a record of schema {SCHEMA_VERSION}: {first_problem(error, 'record')}; "
             "restore the file from a copy, or delete that line and --resume the run."
         ) from error
+
+
+def first_problem(error: ValidationError, whole: str) -> str:
+    """Return the first thing that is wrong: the field, or what the ``whole`` is called, and why."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or whole}: {first['msg']}"
 
 
 def hash_tokens(token_ids: Sequence[int]) -> str:
