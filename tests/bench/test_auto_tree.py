@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.decoding.test_tree import TableScorer
-from tests.decoding.tiny import make_prompt, make_target, settings, tree_of
+from tests.decoding.tiny import KnowingDrafter, make_prompt, make_target, plain, settings, tree_of
 from tests.drafters.test_eagle3_decoding import make_drafter_model
 
 from vsdbench.bench import auto_tree, methods
@@ -115,6 +115,14 @@ def test_costs_cover_every_candidate_and_rise_with_the_nodes():
     for shape in candidates(LIMIT):
         assert costs.step(shape) > 0
         assert shape.depth <= shape.budget <= LIMIT.budget
+
+
+def test_a_tree_that_is_a_whole_answer_has_costs_too():
+    target, prompt = make_target(), make_prompt(9)
+    answer = plain(target, prompt, settings(auto_tree.COST_TOKENS))
+    deep = TreeShape(budget=auto_tree.COST_TOKENS, depth=auto_tree.COST_TOKENS, top_k=1)
+    costs = measure_costs(target, KnowingDrafter(answer, len(prompt)), [prompt], settings(8), deep)
+    assert {depth for depth, _ in costs.draft} == set(range(1, auto_tree.COST_TOKENS + 1))
 
 
 def test_finalists_are_the_best_of_different_sizes():

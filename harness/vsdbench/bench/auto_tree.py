@@ -265,7 +265,8 @@ def measure_costs(
         shape = TreeShape(kind="dynamic", budget=size, depth=depth, top_k=top_k)
         short = replace(settings, max_new_tokens=COST_TOKENS, shape=shape, eos_ids=frozenset())
         prompt = prompts[turn % len(prompts)]
-        for step in decode(target, drafter, prompt, short).steps[1:]:
+        steps = decode(target, drafter, prompt, short).steps
+        for step in steps[1:] or steps:  # a deep tree may be all of so short an answer
             draft[depth, top_k].append(step.draft_ms)
             verify.setdefault(step.num_nodes, []).append(step.verify_ms)
             other.append(step.other_ms)

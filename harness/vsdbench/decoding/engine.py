@@ -178,8 +178,9 @@ def decode_together(
     """Return the answers to some prompts, decoded as many at a time as there are drafters.
 
     A step is one target forward for all of them. An answer that ends gives its place to the next prompt that waits, and
-    where none waits the batch gets smaller. An answer is the same whatever is decoded beside it. A step's times are
-    those of the whole step, in every answer that was part of it; what begins or finishes another answer is in none.
+    where none waits the batch gets smaller. An answer is the same whatever is decoded beside it, but where two tokens
+    are as good as tied. A step's times are those of the whole step, in every answer that was part of it; what begins or
+    finishes another answer is in none.
 
     Args:
         target: The model whose distribution the answers have.
