@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.decoding.tiny import SHAPES, AdversarialDrafter, make_prompt, make_target, plain, settings
+from tests.decoding.tiny import SHAPES, AdversarialDrafter, make_prompt, make_target, plain, settings, verify
 
 from vsdbench.bench.diagnostics import diagnose, misalignment, nodes_for, path_ranks, total
 from vsdbench.decoding.engine import Autoregressive, decode
 from vsdbench.decoding.interfaces import Drafted, Generation, StepRecord, TokenTree, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.decoding.tree import grow
-from vsdbench.decoding.verify import verify
 from vsdbench.store.records import Diagnostics
 from vsdbench_drafters.architectures.ngram import NgramDrafter
 

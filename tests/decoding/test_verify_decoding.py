@@ -1,4 +1,4 @@
-"""All four rules through ``verify`` itself: by sampling, token for token, at the edges, and what is refused."""
+"""All four rules as the engine asks for them: by sampling, token for token, at the edges, and what is refused."""
 
 import itertools
 
@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from tests.decoding.enumeration import Topology, paths_of
+from tests.decoding.tiny import verify
 
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
-from vsdbench.decoding.verify import verify
 from vsdbench.errors import ConfigError
 
 # --- the real thing, by sampling ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from vsdbench.decoding.sampling import (
 )
 from vsdbench.decoding.structure import Numbers, deepest, row_depths
 from vsdbench.errors import ConfigError, did_you_mean
-from vsdbench.models.device import apart, fetch
+from vsdbench.models.device import apart
 
 Coin: TypeAlias = Callable[[int, float], bool]
 """``coin(node, probability)`` comes up heads with that probability; a rule asks at most once about each node."""
@@ -72,12 +72,13 @@ class Case:
     On the host only visited rows are computed, few of many.
 
     Args:
-        rule: As for ``verify``, and so are the others but ``waits``.
-        tree: The proposal.
-        logits: The target's.
+        rule: ``greedy`` (temperature 0 only), ``coupled``, ``rejection`` or ``traversal`` (above 0 only).
+        tree: The proposal; with no nodes this is one step of plain decoding.
+        logits: ``[N + 1, V]``, row 0 the root's, any floating dtype and device.
         params: What makes a distribution of a row of logits.
-        waits: The keyed waiting times of the sequence.
-        position: Index of the token that follows the root.
+        waits: The keyed waiting times of the sequence; ``coupled`` alone reads them.
+        position: Index, in the whole sequence, of the token that follows the root. ``coupled`` draws the token after
+            depth d with the number keyed by ``position + d``, which is what plain decoding uses for that token.
 
     Attributes:
         asked: What the host must be shown to decide.
@@ -120,7 +121,8 @@ class Case:
 
         Args:
             shown: What was asked for, on the host.
-            generator: As for ``verify``.
+            generator: Where ``rejection`` and ``traversal`` take N + 1 uniform numbers, always that many; the other
+                rules do not touch it. On the CPU it costs no wait, and results do not depend on where the logits are.
 
         Raises:
             NotNumbersError: The target's logits are not numbers.
@@ -155,38 +157,6 @@ class Case:
             return first_to_arrive(target_probs(self._logits[row], self._params), waits.numpy())
 
         return draw
-
-
-def verify(
-    rule: VerifyRule,
-    tree: TokenTree,
-    logits: Tensor,
-    *,
-    params: SamplingParams,
-    seed: int,
-    position: int,
-    generator: torch.Generator,
-) -> Verdict:
-    """Return the accepted path of ``tree`` and the token that follows it.
-
-    Args:
-        rule: ``greedy`` (temperature 0 only), ``coupled``, ``rejection`` or ``traversal`` (above 0 only).
-        tree: The proposal; with no nodes this is one step of plain decoding.
-        logits: ``[N + 1, V]``, row 0 the root's, any floating dtype and device.
-        params: What makes a distribution of a row of logits.
-        seed: Key of the coupled draws; the other rules do not read it.
-        position: Index, in the whole sequence, of the token that follows the root. ``coupled`` draws the token after
-            depth d with the number keyed by ``position + d``, which is what plain decoding uses for that token.
-        generator: Where ``rejection`` and ``traversal`` take N + 1 uniform numbers, always that many; the other rules
-            do not touch it. It may live on any device; on the CPU (the intended place) it costs no synchronisation,
-            and results do not depend on where the logits are.
-
-    Raises:
-        ConfigError: If the rule is unknown, or is not lossless at this temperature, or the logits are not numbers.
-        ValueError: If the logits do not have N + 1 rows.
-    """
-    case = Case(rule, tree, logits, params=params, waits=KeyedWaits(seed), position=position)
-    return case.decide(fetch(case.asked), generator)
 
 
 def _check(rule: VerifyRule, tree: TokenTree, logits: Tensor, params: SamplingParams) -> None:
