@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from vsdbench.bench import script
-from vsdbench.bench.auto_tree import calibration_prompts
+from vsdbench.bench.calibration import calibration_prompts
 from vsdbench.bench.methods import REFERENCE, Method, build_methods
 from vsdbench.decoding.engine import DecodeSettings
 from vsdbench.decoding.interfaces import Generation, TreeShape

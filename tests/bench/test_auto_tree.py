@@ -13,21 +13,20 @@ from tests.drafters.test_eagle3_decoding import make_drafter_model
 
 from vsdbench.bench import auto_tree, methods
 from vsdbench.bench.auto_tree import (
-    NUM_PROMPTS,
-    PROMPTS,
     Answer,
     Choice,
     Costs,
     Proposal,
-    calibration_prompts,
     candidates,
     choose_trees,
     finalists,
     measure_costs,
+    num_decodes,
     play_off,
     rank,
     watch,
 )
+from vsdbench.bench.calibration import NUM_PROMPTS, PROMPTS, calibration_prompts
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.tree import grow
@@ -161,7 +160,11 @@ def test_the_play_off_decodes_every_prompt_with_everyone_and_takes_the_fastest(m
 def test_every_mode_gets_a_shape_within_the_limits():
     target = make_target()
     modes = {"greedy": settings(8), "stochastic": settings(8, temperature=1.0)}
-    chosen = choose_trees(target, make_drafter(target), [make_prompt(9)], modes=modes, limit=LIMIT)
+    told = []
+    chosen = choose_trees(
+        target, make_drafter(target), [make_prompt(9)], modes=modes, limit=LIMIT, tick=lambda: told.append(1)
+    )
+    assert len(told) == num_decodes(LIMIT, 1, 2)
     assert list(chosen) == ["greedy", "stochastic"]
     for name, choice in chosen.items():
         kind = "dynamic" if name == "greedy" else "coupled"
@@ -210,7 +213,7 @@ def test_a_chosen_tree_is_noted_and_kept_when_a_run_goes_on(monkeypatch):
     shape = TreeShape(budget=3, depth=2, top_k=2)
     asked = []
 
-    def choose(_target, _drafter, prompts, *, modes, limit):
+    def choose(_target, _drafter, prompts, *, modes, limit, tick):
         asked.append((prompts, list(modes), limit.budget))
         return {name: Choice(shape=shape, tau=1.5, speedup=1.2, step_ms=3.0) for name in modes}
 

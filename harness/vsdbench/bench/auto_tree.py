@@ -19,18 +19,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vsdbench.bench.conversation import encode_turn
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TokenTree, TreeShape
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.suites.prompts import make_prompt, stratified
 
 if TYPE_CHECKING:
     import torch
@@ -38,37 +36,15 @@ if TYPE_CHECKING:
 
     from vsdbench.decoding.interfaces import Drafter, Generation, TargetState
     from vsdbench.models.target import Target
-    from vsdbench.suites.loaders import Suite
-    from vsdbench.suites.prompts import Prompt
 
-NUM_PROMPTS = 16
 ANSWER_TOKENS = 48
 COST_TOKENS = 24
 TOP_KS = (1, 2, 4, 8)
 _WIDER = 3
 _ROUNDS = 2
+_PLAIN_EVERY = 4
 _FINALISTS = 3
 BUDGETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
-
-PROMPTS = (
-    "My landlord has not repaired the heating for three weeks. Draft a firm but polite letter that names a deadline.",
-    "Write the opening paragraph of a mystery novel set on a night train, in the voice of a tired ticket inspector.",
-    "You are a medieval blacksmith. A customer asks why your swords cost so much. Answer in character.",
-    "Pretend to be a sports commentator and describe somebody who tries to assemble a bookshelf.",
-    "Anna is older than Ben, and Carl is younger than Ben but older than Dora. Who is the second oldest, and why?",
-    "I left a sealed bottle of water in the freezer overnight and it cracked. Explain what happened, step by step.",
-    "A shop lowers a price of 80 euros by 15 percent and then raises it by 10 percent. What is the price now?",
-    "How many different ways are there to seat four people on a bench if two of them insist on sitting together?",
-    "Write a Python function that merges two sorted lists without using sort, and explain its running time.",
-    "What does this regular expression match, and where could it fail: ^[a-z0-9._]+@[a-z0-9]+\\.[a-z]{2,}$",
-    "Read: 'Orders: Mia 3 tickets, Leo 5, Sam 2, Mia 1 more.' Give the total for each person as JSON.",
-    "From the sentence 'Founded in 1987 in Turin, the firm moved to Lyon in 2004', list every year with its event.",
-    "Compare how vaccines and antibiotics work, and say against which kinds of disease each of them helps.",
-    "Why does a pendulum clock run slower in summer? Give the physical reason and a rough size of the effect.",
-    "What were the main reasons for the decline of the Hanseatic League? Answer in a short essay.",
-    "Discuss whether a city should make its public transport free. Give two arguments on each side.",
-)
-"""Where a suite uses all prompts that its sources have, these stand in for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,8 +209,28 @@ def candidates(limit: TreeShape) -> list[TreeShape]:
     ]
 
 
-def watch(
-    target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], settings: DecodeSettings, limit: TreeShape
+def num_decodes(limit: TreeShape, num_prompts: int, num_modes: int) -> int:
+    """Return how many answers ``choose_trees`` decodes, where there are as many finalists as it wants."""
+    turns = _ROUNDS * len(_cells(limit))
+    return 1 + turns + math.ceil(turns / _PLAIN_EVERY) + num_modes * num_prompts * (2 + _FINALISTS)
+
+
+def _cells(limit: TreeShape) -> list[tuple[int, int]]:
+    """Return the depths and top-ks whose drafting is timed."""
+    return [(depth, top_k) for top_k in TOP_KS if top_k <= limit.top_k for depth in range(1, limit.depth + 1)]
+
+
+def _nobody() -> None:
+    """Tell nobody that an answer is done."""
+
+
+def watch(  # noqa: PLR0917 - what is decoded how, and who is told
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodeSettings,
+    limit: TreeShape,
+    tick: Callable[[], object] = _nobody,
 ) -> list[Answer]:
     """Return plainly decoded answers with a tree proposed at every position, wide enough for all up to ``limit``."""
     answers = []
@@ -242,18 +238,20 @@ def watch(
     for prompt in prompts:
         generation = decode(target, watching, prompt, replace(settings, max_new_tokens=ANSWER_TOKENS))
         answers.append(Answer(generation.token_ids, watching.proposals))
+        tick()
     return answers
 
 
-def measure_costs(
+def measure_costs(  # noqa: PLR0917 - as for ``watch``
     target: Target,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     settings: DecodeSettings,
     limit: TreeShape,
+    tick: Callable[[], object] = _nobody,
 ) -> Costs:
     """Return the costs of steps, from a few steps with each of a grid of shapes, plain ones between them."""
-    grid = [(depth, top_k) for top_k in TOP_KS if top_k <= limit.top_k for depth in range(1, limit.depth + 1)]
+    grid = _cells(limit)
     sizes = [budget for budget in BUDGETS if budget <= limit.budget]
     plain: list[float] = []
     other: list[float] = []
@@ -270,8 +268,10 @@ def measure_costs(
             draft[depth, top_k].append(step.draft_ms)
             verify.setdefault(step.num_nodes, []).append(step.verify_ms)
             other.append(step.other_ms)
-        if turn % 4 == 0:
+        tick()
+        if turn % _PLAIN_EVERY == 0:
             steps = decode(target, Autoregressive(), prompt, short).steps[1:]
+            tick()
             plain += [step.draft_ms + step.verify_ms + step.other_ms for step in steps]
             verify.setdefault(0, []).extend(step.verify_ms for step in steps)
     medians = {size: statistics.median(times) for size, times in sorted(verify.items()) if len(times) >= 3}
@@ -303,12 +303,13 @@ def finalists(choices: Sequence[Choice], number: int = _FINALISTS) -> list[TreeS
     return list(by_budget.values())[:number]
 
 
-def play_off(
+def play_off(  # noqa: PLR0917 - as for ``watch``
     target: Target,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     settings: DecodeSettings,
     shapes: Sequence[TreeShape],
+    tick: Callable[[], object] = _nobody,
 ) -> list[Choice]:
     """Return what was measured of some shapes, the fastest first.
 
@@ -322,6 +323,7 @@ def play_off(
         for shape in (*contestants[first:], *contestants[:first]):
             short = replace(settings, max_new_tokens=ANSWER_TOKENS, shape=shape or shapes[0])
             answers[shape].append(decode(target, drafter if shape else Autoregressive(), prompt, short))
+            tick()
     plain = answers[None]
     choices = []
     for shape in shapes:
@@ -347,6 +349,7 @@ def choose_trees(
     *,
     modes: Mapping[str, DecodeSettings],
     limit: TreeShape,
+    tick: Callable[[], object] = _nobody,
 ) -> dict[str, Choice]:
     """Return the shape that is the fastest on the prompts for every mode; costs are measured once.
 
@@ -356,40 +359,15 @@ def choose_trees(
         prompts: Token ids of calibration prompts.
         modes: Rule, sampling and seed of the decoding to come, by the mode's name.
         limit: Largest budget, depth and top-k that are considered.
+        tick: Called after every answer (see ``num_decodes``).
     """
     first = next(iter(modes.values()))
     decode(target, drafter, prompts[0], replace(first, max_new_tokens=COST_TOKENS, shape=limit))  # warm-up
-    costs = measure_costs(target, drafter, prompts, first, limit)
+    tick()
+    costs = measure_costs(target, drafter, prompts, first, limit, tick)
     chosen = {}
     for name, settings in modes.items():
         widest = replace(limit, kind="coupled") if settings.rule == "coupled" else limit
-        ranked = rank(watch(target, drafter, prompts, settings, widest), costs, candidates(widest))
-        chosen[name] = play_off(target, drafter, prompts, settings, finalists(ranked))[0]
+        ranked = rank(watch(target, drafter, prompts, settings, widest, tick), costs, candidates(widest))
+        chosen[name] = play_off(target, drafter, prompts, settings, finalists(ranked), tick)[0]
     return chosen
-
-
-def calibration_prompts(suite: Suite, target: Target) -> list[Sequence[int]]:
-    """Return the token ids of prompts to look at before a run: of the suite's sources if they have more, else our own.
-
-    None where no tree is chosen. Each leaves room for an answer. Ours have no images, so a few that do go before them.
-    """
-    if not any(entry.tree.kind == "auto" for entry in suite.config.drafters):
-        return []
-    spare = _spare(suite)
-    if len(spare) < NUM_PROMPTS and not any(prompt.images for prompt in spare):
-        spare = [make_prompt(identifier=text, category="", turns=[text], source="own") for text in PROMPTS]
-    encoded = [encode_turn(target, prompt, suite.config.generation) for prompt in spare]
-    room = target.max_positions - ANSWER_TOKENS
-    if fitting := [prompt for prompt in encoded if 0 < len(prompt) < room]:
-        return fitting
-    text = encode_turn(target, replace(spare[0], images=()), suite.config.generation)
-    return [list(text)[: max(1, room - 1)]]
-
-
-def _spare(suite: Suite) -> list[Prompt]:
-    """Return prompts that the suite left out, at most ``NUM_PROMPTS``, of its categories in its own proportions."""
-    seed, times = suite.config.seed, -(-NUM_PROMPTS // max(1, len(suite.prompts)))
-    left: list[Prompt] = []
-    for category, size in Counter(prompt.category for prompt in suite.prompts).items():
-        left += stratified([prompt for prompt in suite.spare if prompt.category == category], times * size, seed)
-    return stratified(left, NUM_PROMPTS, seed)

@@ -6,13 +6,17 @@ first; nothing in the harness knows a drafter by name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
+
 from vsdbench import registry
-from vsdbench.bench.auto_tree import choose_trees
+from vsdbench.bars import counting_bars
+from vsdbench.bench.auto_tree import choose_trees, num_decodes
 from vsdbench.bench.exchange import Misled
 from vsdbench.decoding.baseline import hf_generate
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
@@ -23,8 +27,6 @@ from vsdbench.models.source import fingerprint
 from vsdbench.suites.schema import checkpoint_of, control_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vsdbench.models.target import Target
     from vsdbench.suites.schema import DrafterEntry, Mode, SuiteConfig
 
@@ -130,7 +132,13 @@ def _with_chosen_trees(
     }
     trees = dict(known)
     if modes:
-        choices = choose_trees(target, method.drafter, prompts, modes=modes, limit=entry.tree.shape())
+        limit = entry.tree.shape()
+        count = num_decodes(limit, len(prompts), len(modes))
+        with counting_bars(console or Console(quiet=True)) as bars:
+            task = bars.add_task(f"choosing the tree of {entry.name}", total=count)
+            told = functools.partial(bars.advance, task)
+            choices = choose_trees(target, method.drafter, prompts, modes=modes, limit=limit, tick=told)
+            bars.update(task, completed=count)
         for name, choice in choices.items():
             trees[name] = choice.describe()
             if console is not None:

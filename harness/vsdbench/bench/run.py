@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vsdbench.bars import counting_bars
-from vsdbench.bench.auto_tree import calibration_prompts
 from vsdbench.bench.batch_runner import check_batches, run_batches
+from vsdbench.bench.calibration import calibration_prompts
 from vsdbench.bench.conversation import check_prompts
 from vsdbench.bench.examples import keep_examples
 from vsdbench.bench.exchange import Misled, exchanged_prompts
