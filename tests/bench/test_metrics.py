@@ -55,6 +55,17 @@ def test_acceptance_by_depth(frames):
     assert metrics.acceptance_rate_at_depth(frames[1], 5) is None
 
 
+def test_what_stands_behind_the_end_of_an_answer_was_not_refused(make_record):
+    # Chains of four right tokens: the limit cut the second answer after two of them, an end token the third after one.
+    whole, cut, ended = (4, 4, 4, 5, 1, 1, 0), (4, 4, 2, 2, 1, 1, 0), (4, 4, 1, 1, 1, 1, 0)
+    answers = [[whole, whole], [whole, cut], [ended]]
+    _, steps = to_frames([make_record(steps=steps, prompt_id=str(n)) for n, steps in enumerate(answers)])
+    assert metrics.acceptance_by_depth(steps) == [1.0, 1.0, 1.0, 1.0]
+    bonus = (4, 4, 2, 3, 1, 1, 0)  # the answer ended too, but with the target's own token in the place of the third
+    _, steps = to_frames([make_record(steps=[whole, bonus])])
+    assert metrics.acceptance_by_depth(steps) == [1.0, 1.0, 0.5, 1.0]
+
+
 def test_emitted_and_steps_by_prompt(frames):
     sums = metrics.emitted_and_steps(*frames)
     assert sums.to_dict("index") == {

@@ -98,11 +98,14 @@ def emitted_and_steps(records: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFram
 def acceptance_rate_at_depth(steps: pd.DataFrame, depth: int) -> float | None:
     """Return draft tokens kept at ``depth`` (1-based) / steps that reached it.
 
-    A step reaches depth d if its tree was at least d deep and it kept at least d - 1 draft tokens.
+    A step reaches depth d if its tree was at least d deep, it kept at least d - 1 draft tokens, and the answer did not
+    end with the last of these: about what stands behind an end token or the length limit the target had no say.
     """
     accepted = steps["num_accepted"].to_numpy()
-    reached = (steps["depth"].to_numpy() >= depth) & (accepted >= depth - 1)
-    return _ratio(int(np.count_nonzero(reached & (accepted >= depth))), int(np.count_nonzero(reached)))
+    kept = accepted >= depth
+    refused = (accepted == depth - 1) & (steps["num_emitted"].to_numpy() > accepted)
+    reached = (steps["depth"].to_numpy() >= depth) & (kept | refused)
+    return _ratio(int(np.count_nonzero(reached & kept)), int(np.count_nonzero(reached)))
 
 
 def acceptance_by_depth(steps: pd.DataFrame) -> list[float | None]:
