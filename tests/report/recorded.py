@@ -109,14 +109,16 @@ def chosen(name, method, temperature, category=None):
 
 
 def trees(name):
-    """Of drafters that were measured with trees of several sizes: these, by size, under the first one's name."""
+    """Of drafters that were measured with trees of several sizes: these, by size, under the name of the recipe."""
     groups = defaultdict(list)
     for drafter in drafters(name):
         tree = chosen(name, drafter, temperatures(name)[0])[0]["tree"]
         if weights := methods(name)[drafter]["drafter_fingerprint"]:
             groups[weights, tree["kind"]].append((tree["budget"], drafter))
-    found = {of[0][1]: sorted(of, key=lambda pair: pair[0]) for of in groups.values()}
-    return {drafter: of for drafter, of in found.items() if len({budget for budget, _ in of}) > 1}
+    groups = {key: of for key, of in groups.items() if len({budget for budget, _ in of}) > 1}
+    recipes = {key: methods(name)[of[0][1]]["training"].get("recipe", of[0][1]) for key, of in groups.items()}
+    told = {key: f" ({key[1]})" if list(recipes.values()).count(recipes[key]) > 1 else "" for key in groups}
+    return {recipes[key] + told[key]: sorted(of, key=lambda pair: pair[0]) for key, of in groups.items()}
 
 
 # --- arms of an ablation -------------------------------------------------------------------------------------------

@@ -152,16 +152,25 @@ def _size(tree: Mapping[str, Any]) -> str:
 
 
 def budget_groups(run: Run) -> dict[str, list[tuple[str, int]]]:
-    """Return by drafter its (method, tree budget) pairs, of the drafters that were measured with several budgets."""
-    by_weights: dict[object, list[tuple[str, int]]] = defaultdict(list)
+    """Return by drafter its (method, tree budget) pairs, of the drafters that were measured with several budgets.
+
+    A drafter is called by its recipe, and by the kind of its trees where it was measured with several kinds.
+    """
+    by_weights: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
     for name, method in run.methods.items():
         if method.get("drafter_fingerprint") and name in run.budgets:
             by_weights[method["drafter_fingerprint"], run.trees[name].split()[0]].append((name, run.budgets[name]))
+    groups = {key: members for key, members in by_weights.items() if len({size for _, size in members}) > 1}
+    names = {key: _recipe_of(run, members[0][0]) for key, members in groups.items()}
+    alone = [name for name in names.values() if list(names.values()).count(name) == 1]
     return {
-        members[0][0]: sorted(members, key=lambda member: member[1])
-        for members in by_weights.values()
-        if len({size for _, size in members}) > 1
+        names[key] if names[key] in alone else f"{names[key]} ({key[1]})": sorted(members, key=lambda member: member[1])
+        for key, members in groups.items()
     }
+
+
+def _recipe_of(run: Run, name: str) -> str:
+    return str((run.methods[name].get("training") or {}).get("recipe") or name)
 
 
 def pareto(runs: Sequence[Run]) -> Section | None:
