@@ -185,7 +185,7 @@ def check_fork(drafter: Drafter, count: int) -> None:
     Raises:
         ConfigError: It has no method ``fork``.
     """
-    if count > 1 and not hasattr(drafter, "fork"):
+    if count > 1 and getattr(drafter, "fork", None) is None:
         raise ConfigError(
             f"drafter '{drafter.name}' drafts for one sequence at a time (it has no fork()): use batch size 1."
         )
