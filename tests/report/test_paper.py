@@ -24,7 +24,7 @@ from vsdbench.report.results import main_table
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "results/reference"
-QUICKSTART, HOUR = REFERENCE / "quickstart-cpu-2026-11-26", REFERENCE / "mtbench-hour-cpu-2026-11-26"
+QUICKSTART, HOUR = REFERENCE / "quickstart-cpu-2026-11-27", REFERENCE / "mtbench-hour-cpu-2026-11-26"
 
 
 @pytest.fixture(scope="module")
