@@ -4,8 +4,7 @@ Slot t has the target's features of token t, projected to H, and the embedding o
 differ in the projection and in how both are mixed into the layer's input; attention, recurrence and checkpoints are
 the same. The decode-time counterpart is ``one_layer_drafter``.
 
-Shape legend: N packed tokens, R rows of the loss, H drafter width, V target vocabulary, Vd draft vocabulary, A heads,
-G key-value heads, D head width.
+Shapes: N packed tokens, R loss rows, H width, V target, Vd draft vocabulary, A heads, G key-value heads, D head width.
 """
 
 from __future__ import annotations
