@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vsdbench.models.fused import FusedLayers
     from vsdbench.models.image_prompt import ImagePrompt
     from vsdbench.models.target import Target
-    from vsdbench_drafters.training.generate import SlotGenerator
+    from vsdbench_drafters.training.generate import Layers, SlotGenerator
     from vsdbench_drafters.training.prompts import Article, Message
 
 _SHARD_SEQUENCES = 128
@@ -269,12 +269,13 @@ class _Maker:
             fused=self._target.fused_layers,
         )
 
-    def _look(self, prompt: ImagePrompt) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
-        """Let the target read a prompt with images (``generate.Look``)."""
-        state = cast("Target", self._target).prefill(prompt, max(len(prompt), self._config.max_prompt_tokens))
-        kept = len(prompt) - 1
-        layers = [(layer.keys[:, :, :kept], layer.values[:, :, :kept]) for layer in state.cache.layers]
-        return layers, state.position_offset
+    def _look(self, prompts: Sequence[ImagePrompt]) -> Iterator[tuple[Layers, int]]:
+        """Let the target read prompts with images (``generate.Look``), no more at once than it reads together."""
+        from vsdbench.models.reading import packs, read_sequences  # noqa: PLC0415 - imports torch
+
+        for pack in packs([len(prompt) for prompt in prompts]):
+            for read in read_sequences(cast("Target", self._target), [prompts[i] for i in pack], keys=True):
+                yield read.layers, read.position_offset
 
     # ---- which prompts ----
 

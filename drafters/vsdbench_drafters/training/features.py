@@ -23,8 +23,9 @@ from torch import Tensor
 
 from vsdbench.errors import ConfigError
 from vsdbench.models.branching import Branches, branch_states, branch_states_behind
-from vsdbench.models.device import send, send_numbers
+from vsdbench.models.device import send_numbers
 from vsdbench.models.image_prompt import ImagePrompt
+from vsdbench.models.reading import read_sequences
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, ImageTokens, TargetView
 
 if TYPE_CHECKING:
@@ -104,42 +105,13 @@ def _packed_images(found: Sequence[Features]) -> ImageTokens | None:
 
 
 def run_target(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[Features]:
-    """Return the features of each sequence, with keys and values where they are wanted.
-
-    Sequences of ids go through the target in one forward, each with images in one of its own.
-    """
-    texts = [sequence for sequence in sequences if not isinstance(sequence, ImagePrompt)]
-    found = iter(_run_texts(target, texts, keys=keys) if texts else ())
-    return [_look(target, one, keys=keys) if isinstance(one, ImagePrompt) else next(found) for one in sequences]
-
-
-@torch.inference_mode()
-def _look(target: Target, sequence: ImagePrompt, *, keys: bool) -> Features:
-    """Return the features of a sequence with images."""
-    count = len(sequence)
-    state = target.prefill(sequence, count)
-    assert state.image_mask is not None
-    assert state.embeddings is not None
-    layers = [torch.stack([layer.keys[0, :, :count], layer.values[0, :, :count]]) for layer in state.cache.layers]
-    images = ImageTokens(state.image_mask, state.embeddings[state.image_mask])
-    return Features(state.features, (torch.stack(layers),) if keys else (), images)
-
-
-@torch.inference_mode()
-def _run_texts(target: Target, sequences: Sequence[Any], *, keys: bool) -> list[Features]:
-    longest = max(len(ids) for ids in sequences)
-    tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)] = torch.tensor([int(token) for token in ids])
-    # Padding stands on the right, where no real token can see it, so causal attention needs no mask.
-    with target.as_shipped() as model:
-        output = model.get_decoder()(input_ids=send(tokens, target.device), use_cache=keys)
-    states = torch.cat([*target.entered(), output.last_hidden_state], dim=-1)
-    layers = [(layer.keys, layer.values) for layer in output.cache.layers] if keys else []
+    """Return the features of each sequence, with keys and values where they are wanted (``reading``)."""
     found = []
-    for row, ids in enumerate(sequences):
-        own = [torch.stack([part[row, :, : len(ids)] for part in pair]) for pair in layers]
-        found.append(Features(states[row, : len(ids)].clone(), (torch.stack(own),) if keys else ()))
+    for read in read_sequences(target, sequences, keys=keys):
+        images = None
+        if read.image_mask is not None and read.embeddings is not None:
+            images = ImageTokens(read.image_mask, read.embeddings[read.image_mask])
+        found.append(Features(read.features, (read.keys,) if keys else (), images))
     return found
 
 

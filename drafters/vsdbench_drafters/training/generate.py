@@ -5,8 +5,8 @@ until the longest answer of a batch is done. The cache is allocated once. Rows a
 each dense and only as wide as its longest row needs; one query a row is then two batched products a group, as fast as
 fused attention or faster (``docs/log.md``). Prompts are prefilled packed, without padding, their shared prefix once.
 
-The model is the stock transformers one, or the target's fused layers in its place. A prompt with images is read by the
-target by itself, and its keys and values take their place in a row.
+The model is the stock transformers one, or the target's fused layers in its place. Prompts with images are read by the
+target, and their keys and values take their places in the rows.
 
 Shape legend: S slots, n rows in use, P prefix tokens, C cache columns, D head size, V vocabulary.
 """
@@ -35,8 +35,10 @@ _PACK_TOKENS = 512
 _ARRANGE_EVERY = 32
 _COLUMNS_UNIT = 16
 
-Look = Callable[[ImagePrompt], tuple[list[tuple[Tensor, Tensor]], int]]
-"""Reads a prompt with images: keys and values ``[1, G, L - 1, D]`` of every layer, and its position offset."""
+Layers = Sequence[tuple[Tensor, Tensor]]
+"""``[G, L, D]`` keys and values of every layer."""
+Look = Callable[[Sequence[ImagePrompt]], Iterable[tuple[Layers, int]]]
+"""Reads prompts with images: keys and values of each, and its position offset."""
 
 
 def _up(columns: int) -> int:
@@ -305,15 +307,17 @@ class SlotGenerator:
             raise ValueError(msg)
 
     def _read_images(self, rows: _Rows, filled: NDArray[np.int64]) -> None:
-        """Let the target read the prompts of these rows, each by itself, and keep its keys and values."""
+        """Let the target read the prompts of these rows, and keep their keys and values."""
         if not len(filled):
             return
         assert self._look is not None
         own = self._model.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
         self._model.set_attn_implementation(self._usual)
-        for row in filled:
-            layers, rows.offset[row] = self._look(rows.requests[row].prompt_ids)
-            self._cache.adopt(torch.tensor([row], device=self._device), layers)
+        read = self._look([rows.requests[row].prompt_ids for row in filled])
+        for row, (layers, rows.offset[row]) in zip(filled, read, strict=True):
+            # the last token is the first one that is decoded
+            before = [(keys[None, :, :-1], values[None, :, :-1]) for keys, values in layers]
+            self._cache.adopt(torch.tensor([row], device=self._device), before)
         self._model.set_attn_implementation(own)
 
     def _prefill(self, sequences: Sequence[Sequence[int]], filled: NDArray[np.int64] | None) -> None:

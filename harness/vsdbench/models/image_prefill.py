@@ -4,18 +4,22 @@ The outer model turns ids and pixels into embeddings, chooses positions and mask
 that is its own business (M-RoPE, images that attend in both directions, features that enter deeper layers): it runs as
 it is, and what reaches the language model is watched. What follows the prompt is text, one position a token.
 
+Where what reaches the language model is embeddings alone, at the positions and with the mask that text has, it need
+not run: ``embed_images`` stops before it.
+
 Shape legend: R tokens read, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vsdbench.errors import ConfigError
 
@@ -53,17 +57,49 @@ def read_images(target: Target, prompt: ImagePrompt, cache: PreallocatedCache) -
     ids = torch.tensor(prompt.tokens[: prompt.num_read], device=target.device)[None]
     inputs = on_device(target, prompt.model_inputs)
     with _watched(target.model.get_decoder()) as seen:
-        try:
-            output = target.model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                cache=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **inputs,
-            )
-        except ValueError as error:  # placeholders and images that do not match
-            raise ConfigError(f"'{target.name}' cannot read the prompt's images: {error}") from error
+        output = _call(target, target.model, ids, inputs, cache=cache, use_cache=True, logits_to_keep=1)
+    embeddings, given = _given(target, seen, inputs)
+    return Reading(output.logits[0], embeddings[0], _offset(given.get("position_ids"), prompt.num_read))
+
+
+@torch.inference_mode()
+def embed_images(target: Target, prompt: ImagePrompt) -> Tensor | None:
+    """Return ``[R, H]``, what the language model is given for the first R tokens, without running it.
+
+    None where that is not all: positions are not the tokens' numbers, or the mask is not the causal one.
+
+    Raises:
+        ConfigError: As ``read_images``.
+    """
+    ids = torch.tensor(prompt.tokens[: prompt.num_read], device=target.device)[None]
+    inputs = on_device(target, prompt.model_inputs)
+    with _in_the_place_of(target.model.get_decoder()) as seen:
+        _call(target, target.model.base_model, ids, inputs)
+    embeddings, given = _given(target, seen, inputs)
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    causal = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
+    counted = positions is None or bool((positions == torch.arange(prompt.num_read, device=target.device)).all())
+    return embeddings[0] if causal and counted and not _PROMPT_ALONE & given.keys() else None
+
+
+def _call(target: Target, model: nn.Module, ids: Tensor, inputs: Mapping[str, Tensor], **how: Any) -> Any:  # noqa: ANN401
+    """Run a model over ids ``[1, R]`` and images.
+
+    Raises:
+        ConfigError: Placeholders and images do not match.
+    """
+    try:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **how, **inputs)
+    except ValueError as error:
+        raise ConfigError(f"'{target.name}' cannot read the prompt's images: {error}") from error
+
+
+def _given(target: Target, seen: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """Return the embeddings ``[1, R, H]`` of what a language model was called with, and the rest of its data.
+
+    Raises:
+        ConfigError: It was called with what we do not know, or without embeddings.
+    """
     given = {name: value for name, value in seen.items() if _is_data(value) and name not in inputs}
     embeddings = given.pop("inputs_embeds", None)
     unknown = given.keys() - _PROMPT_ALONE - {"position_ids", "attention_mask", "cache"}
@@ -73,7 +109,7 @@ def read_images(target: Target, prompt: ImagePrompt, cache: PreallocatedCache) -
             f"'{target.name}' gives its language model {what}: only models whose images are embeddings among those of "
             "the text can be targets."
         )
-    return Reading(output.logits[0], embeddings[0], _offset(given.get("position_ids"), prompt.num_read))
+    return embeddings, given
 
 
 def on_device(target: Target, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a mapping of tensors
@@ -114,3 +150,19 @@ def _watched(decoder: nn.Module) -> Iterator[dict[str, Any]]:
         yield seen
     finally:
         hook.remove()
+
+
+@contextmanager
+def _in_the_place_of(decoder: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield what the language model is called with; it returns its embeddings at once."""
+    seen: dict[str, Any] = {}
+
+    def forward(inputs_embeds: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:  # noqa: ANN401
+        seen.update(kwargs, inputs_embeds=inputs_embeds)
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+    decoder.forward = forward
+    try:
+        yield seen
+    finally:
+        del decoder.forward

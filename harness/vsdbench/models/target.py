@@ -27,13 +27,13 @@ from vsdbench.models.compiled import CompiledLayers, compile_layers
 from vsdbench.models.device import send_numbers
 from vsdbench.models.encoding import ImageEncoder, Message, make_encoder
 from vsdbench.models.fused import FusedLayers, agree, can_fuse
-from vsdbench.models.image_prefill import read_images
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.kv_cache import CachePool, PreallocatedCache
 from vsdbench.models.loading import choose_attention, eos_ids, layer_stack, load_model, pin_rotary
 from vsdbench.models.masks import Masks
 from vsdbench.models.packed import can_pack, pack, unpack
 from vsdbench.models.probe import check_tree
+from vsdbench.models.reading import prefill_images
 from vsdbench.models.state import SequenceState
 
 _CHUNK = 1024
@@ -212,11 +212,11 @@ class Target:
         if not isinstance(tokens, ImagePrompt):
             state.features, logits = self._read(state, 0, tokens)
         else:
-            read = read_images(self, tokens, cache)
+            read, state.features = prefill_images(self, tokens, cache)
             cache.length = tokens.num_read
             state.position_offset = read.position_offset
             state.image_mask = tokens.image_mask.to(self.device)
-            state.features, state.embeddings, logits = self.features(), read.embeddings, read.logits
+            state.embeddings, logits = read.embeddings, read.logits
             if behind := tokens.tokens[tokens.num_read :]:
                 more, logits = self._read(state, tokens.num_read, behind)
                 embedded = self.embed_tokens(send_numbers(behind, self.device))

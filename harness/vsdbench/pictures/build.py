@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,8 @@ def _build(name: str, settings: BuildSettings, language_model: Path, work: Path,
         seconds[stage.name] = round(time.monotonic() - start, 1)
     scenes = [Scene(index, "heldout") for index in range(settings.num_scored)]
     start = time.monotonic()
-    with (
-        _bar(console, "examining", num_reports(len(scenes))) as advance,
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-    ):
-        scores = examine(model, processor.tokenizer, scenes, report=advance)
+    with _bar(console, "examining", num_reports(len(scenes))) as advance:  # in the dtype in which it will be run
+        scores = examine(deepcopy(model).to(dtype), processor.tokenizer, scenes, report=advance)
     seconds["examining"] = round(time.monotonic() - start, 1)
     facts = _facts(name, settings, seconds, dtype_name(dtype))
     _write(model, processor, work / "model", facts | {"scores": scores})

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
+from transformers.masking_utils import sdpa_mask
 
 from vsdbench.pictures.lessons import Lesson, make_lesson, pixel_values, word_targets, word_tokens
 from vsdbench.pictures.llava import image_features
 from vsdbench.pictures.scenes import BACKGROUNDS, Scene
 from vsdbench.pictures.settings import StageSettings
 
+_ATTENTION = "vsdbench-lessons"
 _SHARPNESS = 8.0  # of the choice among words, in squared distances between two of them
 _BACKGROUND_WEIGHT = 0.2  # of a patch that shows nothing, of which there are many
 _WARMUP = 0.04  # share of the steps
@@ -168,14 +170,62 @@ class Answering(Stage):
 
 def answer_logits(model: LlavaForConditionalGeneration, lesson: Lesson) -> Tensor:
     """Return ``[A, V]`` fp32 logits of a lesson's answer tokens, every question beside the others."""
-    embedded = model.get_input_embeddings()(lesson.ids)
-    features = image_features(model, lesson.pixels)
+    language = model.model.language_model
+    usual = language.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+    dtype = _products_dtype(model)
+    embedded = model.get_input_embeddings()(lesson.ids).to(dtype)  # sums between the layers are in that dtype too
+    features = image_features(model, lesson.pixels.to(model.dtype))
     embedded = embedded.masked_scatter((lesson.ids == model.config.image_token_id)[..., None], features.to(embedded))
-    states = model.model.language_model(
-        inputs_embeds=embedded, attention_mask=lesson.visible, position_ids=lesson.positions, use_cache=False
-    ).last_hidden_state
+    hidden = torch.zeros(lesson.visible.shape, dtype=dtype).masked_fill_(~lesson.visible, -torch.inf)
+    language.set_attn_implementation(_ATTENTION)
+    try:
+        states = language(
+            inputs_embeds=embedded, attention_mask=hidden, position_ids=lesson.positions, use_cache=False
+        ).last_hidden_state
+    finally:
+        language.set_attn_implementation(usual)
     logits: Tensor = model.lm_head(states.flatten(0, 1)[lesson.predicts]).float()
     return logits
+
+
+def _products_dtype(model: LlavaForConditionalGeneration) -> torch.dtype:
+    """Return the dtype of a model's matrix products: autocast's, or the model's own."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+def _attend(  # noqa: PLR0917 - the order is transformers'
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Return ``[B, T, heads, W]`` by plain products: on CPUs the fused kernel's backward takes 3 times as long.
+
+    Args:
+        query: ``[B, heads, T, W]``.
+        key: ``[B, G, T, W]``.
+        value: ``[B, G, T, W]``.
+        attention_mask: ``[B, 1, T, T]`` additive.
+        dropout: Not used: no layer of it behaves differently while it learns.
+        scaling: Of the scores; None means 1 / sqrt(W).
+    """
+    del dropout
+    batch, heads, count, width = query.shape
+    num_groups = key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    scores = (query * scale).reshape(batch, num_groups, -1, width) @ key.transpose(-1, -2)
+    scores = scores.view(batch, num_groups, -1, count, count) + attention_mask[:, :, None]
+    mixed = torch.softmax(scores, dim=-1).view(batch, num_groups, -1, count) @ value
+    return mixed.view(batch, heads, count, width).transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 def _share(step: int, num_steps: int) -> float:
