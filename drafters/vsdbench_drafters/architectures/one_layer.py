@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vsdbench.config import Config, parse
 from vsdbench.errors import ConfigError
 from vsdbench.models.device import send_numbers
+from vsdbench.models.side_by_side import Keys, Rows
 from vsdbench_drafters.architectures.checkpoints import write_tensors
 from vsdbench_drafters.architectures.layers import RMSNorm, apply_rotary, rotary
 from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
@@ -164,24 +165,22 @@ class LayerContext:
     Attributes:
         batch: The batch.
         hidden: ``[R, H]`` outputs that recur in the next step (``[N, H]`` projected features before step 0).
-        keys: ``[K, G, D]`` of step 0 at every slot that has one, the prompt's included. ``values``: likewise.
+        prefix: Keys and values of step 0 at every slot that has one, the prompt's included.
         slots: ``[R]`` int64, flat slot index of every row.
         positions: ``[R]`` int64, the same relative to the row's sequence.
-        spans: ``(start, keys, rows)`` of every sequence that has rows: its first key of step 0, how many it has, and
-            which rows are its own.
-        masks: ``[rows, keys]`` bool of every span: keys behind the row's own slot.
+        rows: Which rows are whose.
+        hidden_keys: ``[B, r, L]`` bool: keys of step 0 behind the row's own slot.
         diagonal_keys: ``[R, G, D]`` of every later step. ``diagonal_values``: likewise.
         picture: ``[R, H]`` what every row holds of the last image before it; None: nothing.
     """
 
     batch: DraftBatch
     hidden: Tensor
-    keys: Tensor
-    values: Tensor
+    prefix: Keys
     slots: Tensor
     positions: Tensor
-    spans: list[tuple[int, int, slice]]
-    masks: list[Tensor]
+    rows: Rows
+    hidden_keys: Tensor
     started: bool = False
     diagonal_keys: list[Tensor] = field(default_factory=list)
     diagonal_values: list[Tensor] = field(default_factory=list)
@@ -192,25 +191,15 @@ class LayerContext:
 
         Both contexts go on independently; where paths branch, the rows of a level name their parents' rows.
         """
-        firsts = send_numbers([own.start for *_, own in self.spans[1:]], rows.device)
-        owners = torch.bucketize(rows, firsts, right=True)
-        # Read at once for all sequences: each read waits until a GPU has done all that it was given.
-        ends = torch.searchsorted(owners, torch.arange(len(self.spans), device=rows.device), right=True).tolist()
-        spans, masks, first = [], [], 0
-        for (start, length, own), mask, stop in zip(self.spans, self.masks, ends, strict=True):
-            if stop > first:
-                spans.append((start, length, slice(first, stop)))
-                masks.append(mask[rows[first:stop] - own.start])
-                first = stop
+        chosen, positions = Rows.of(self.rows.owners[rows], len(self.prefix.keys)), self.positions[rows]
         return LayerContext(
             self.batch,
             self.hidden[rows] if self.started else self.hidden,
-            self.keys,
-            self.values,
+            self.prefix,
             self.slots[rows],
-            self.positions[rows],
-            spans,
-            masks,
+            positions,
+            chosen,
+            _behind(self.prefix, chosen, positions),
             self.started,
             [key[rows] for key in self.diagonal_keys],
             [value[rows] for value in self.diagonal_values],
@@ -231,6 +220,12 @@ class Entered:
     x: Tensor
     slots: Tensor | None = None
     picture: Tensor | None = None
+
+
+def _behind(prefix: Keys, rows: Rows, positions: Tensor) -> Tensor:
+    """Return ``[B, r, L]`` bool: which keys lie behind the ``[R]`` positions of rows; none where there is no row."""
+    last = rows.spread(positions + 1) - 1  # -1 where there is no row
+    return (prefix.positions[:, None] > last[..., None]) & (last >= 0)[..., None]
 
 
 class OneLayerModel(DraftModel):
@@ -303,23 +298,12 @@ class OneLayerModel(DraftModel):
         """Return the context of a batch's rows before any step, keys and values of step 0 included."""
         hidden = self.project(batch.features.to(self.fc.weight.dtype))
         entered = self.enter(batch, self._following(batch, hidden), hidden)
-        keys, values = self._prefix(batch, entered)
-        spans, masks, positions = [], [], []
-        ends = [(span.start, span.start + span.length - 2) for span in batch.spans]
-        if entered.slots is not None and ends:
-            ends = torch.searchsorted(entered.slots, send_numbers(ends, hidden.device)).tolist()
-        for span, (first, stop) in zip(batch.spans, ends, strict=True):
-            slots = torch.arange(span.first_slot, span.length - 2, device=hidden.device)
-            every = torch.arange(span.length - 2, device=hidden.device)
-            if entered.slots is not None:
-                every = entered.slots[first:stop] - span.start
-            masks.append(every[None] > slots[:, None])
-            positions.append(slots)
-            spans.append((first, len(every), slice(span.first_row, span.first_row + span.num_rows)))
+        keys = self._prefix(batch, entered)
+        rows = Rows.packed([span.num_rows for span in batch.spans], hidden.device)
+        positions = batch.slots - send_numbers([span.start for span in batch.spans], hidden.device)[rows.owners]
         picture = None if entered.picture is None else entered.picture[batch.slots]
-        return LayerContext(
-            batch, hidden, keys, values, batch.slots, torch.cat(positions), spans, masks, picture=picture
-        )
+        behind = _behind(keys, rows, positions)
+        return LayerContext(batch, hidden, keys, batch.slots, positions, rows, behind, picture=picture)
 
     def advance(self, context: LayerContext, tokens: Tensor) -> Tensor:
         """Run one step with ``[R]`` input tokens; return ``[R, H]`` un-normed outputs, which recur in the next step."""
@@ -347,16 +331,19 @@ class OneLayerModel(DraftModel):
         own = self._embed(batch.tokens, hidden)
         return torch.roll(own.masked_scatter(batch.image_mask[:, None], batch.image_embeddings.to(own.dtype)), -1, 0)
 
-    def _prefix(self, batch: DraftBatch, entered: Entered) -> tuple[Tensor, Tensor]:
-        """Return keys and values of step 0 at every slot that has one, ``[K, G, D]`` each."""
+    def _prefix(self, batch: DraftBatch, entered: Entered) -> Keys:
+        """Return keys and values of step 0 at every slot that has one."""
         layer, x = self.layer, entered.x
         positions = torch.zeros(len(batch.tokens), dtype=torch.int64, device=x.device)
         for span in batch.spans:
             positions[span.start : span.start + span.length] = torch.arange(span.length, device=x.device)
+        ends = [(span.start, span.start + span.length - 2) for span in batch.spans]
         if entered.slots is not None:
             positions = positions[entered.slots]
+            ends = torch.searchsorted(entered.slots, send_numbers(ends, x.device)).tolist()
+        keys = self._rotate(layer.self_attn.k_proj(x), positions)
         values = layer.self_attn.v_proj(x).view(len(x), -1, self.config.head_dim)
-        return self._rotate(layer.self_attn.k_proj(x), positions), values
+        return Keys.of(keys, values, positions, [(first, stop) for first, stop in ends])
 
     def _rotate(self, flat: Tensor, positions: Tensor) -> Tensor:
         """Return ``[n, heads, D]`` with the rotary embedding of ``positions`` applied."""
@@ -366,28 +353,23 @@ class OneLayerModel(DraftModel):
     def _attend(self, context: LayerContext, queries: Tensor) -> Tensor:
         """Return ``[R, A * D]``: attention to step 0's keys up to the own slot, and to the own later steps."""
         groups, width = self.config.num_key_value_heads, self.config.head_dim
+        keys, values, rows = context.prefix.keys, context.prefix.values, context.rows
+        (count, most), length = rows.shape, keys.shape[2]
         grouped = queries.view(len(queries), groups, -1, width) * width**-0.5  # [R, G, A/G, D]
-        own_scores = [(grouped * key[:, :, None]).sum(-1) for key in context.diagonal_keys]
-        own = torch.stack(own_scores, dim=-1) if own_scores else None  # [R, G, A/G, steps]
-        outputs, own_weights = [], []
-        for (start, length, rows), mask in zip(context.spans, context.masks, strict=True):
-            prefix, count = slice(start, start + length), rows.stop - rows.start
-            query = grouped[rows].permute(1, 2, 0, 3).flatten(1, 2)  # [G, A/G * r, D]
-            keys, values = context.keys[prefix].transpose(0, 1), context.values[prefix].transpose(0, 1)
-            scores = (query @ keys.transpose(1, 2)).view(groups, -1, count, length)  # [G, A/G, r, prefix]
-            scores = scores.masked_fill(mask, -torch.inf)
-            if own is not None:
-                scores = torch.cat([scores, own[rows].permute(1, 2, 0, 3)], dim=-1)
-            weights = torch.softmax(scores, dim=-1)
-            mixed = (weights[..., :length].to(values.dtype).flatten(1, 2) @ values).view(groups, -1, count, width)
-            outputs.append(mixed.permute(2, 0, 1, 3))
-            own_weights.append(weights[..., length:].permute(2, 0, 1, 3))
-        mixed_all = torch.cat(outputs)
-        if own is not None:
-            shares = torch.cat(own_weights)  # [R, G, A/G, steps]
+        query = rows.spread(grouped).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, A/G * r, D]
+        scores = (query @ keys.transpose(2, 3)).view(count, groups, -1, most, length)
+        scores = scores.masked_fill(context.hidden_keys[:, None, None], -torch.inf)
+        if context.diagonal_keys:
+            own = torch.stack([(grouped * key[:, :, None]).sum(-1) for key in context.diagonal_keys], dim=-1)
+            scores = torch.cat([scores, rows.spread(own).permute(0, 2, 3, 1, 4)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)  # [B, G, A/G, r, L + steps]
+        mixed = (weights[..., :length].to(values.dtype).flatten(2, 3) @ values).view(count, groups, -1, most, width)
+        found = rows.gather(mixed.permute(0, 3, 1, 2, 4))  # [R, G, A/G, D]
+        if context.diagonal_keys:
+            shares = rows.gather(weights[..., length:].permute(0, 3, 1, 2, 4))  # [R, G, A/G, steps]
             for step, value in enumerate(context.diagonal_values):
-                mixed_all = mixed_all + shares[..., step, None] * value[:, :, None]
-        return mixed_all.flatten(1)
+                found = found + shares[..., step, None] * value[:, :, None]
+        return found.flatten(1)
 
     def drafter(self, dtype: torch.dtype) -> OneLayerDrafter:
         """Return the decode-time drafter, with a copy of the weights as they are now."""

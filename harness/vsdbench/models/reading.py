@@ -24,6 +24,7 @@ from vsdbench.models.branching import can_branch
 from vsdbench.models.device import send, send_numbers
 from vsdbench.models.image_prefill import Reading, embed_images, read_images
 from vsdbench.models.image_prompt import ImagePrompt
+from vsdbench.models.side_by_side import Rows
 
 if TYPE_CHECKING:
     from vsdbench.models.kv_cache import PreallocatedCache
@@ -141,19 +142,18 @@ def _read_packed(
         return []
     lengths = [len(part) for part in embedded]
     spans = [slice(*ends) for ends in pairwise(accumulate(lengths, initial=0))]
+    rows = Rows.packed(lengths, target.device)
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sequences]
 
     def attend(_layer: int, *parts: Tensor) -> Tensor:
-        mixed = []
-        for span, own in zip(spans, kept, strict=True):
-            asked, seen, values = (part[span].transpose(0, 1)[None] for part in parts)
-            if keys:
-                own.append((seen[0], values[0]))
-            found = F.scaled_dot_product_attention(
-                asked, seen, values, is_causal=True, scale=fused.scaling, enable_gqa=asked.shape[1] > seen.shape[1]
-            )
-            mixed.append(found[0].transpose(0, 1).flatten(1))
-        return torch.cat(mixed)
+        asked, seen, values = (rows.spread(part).transpose(1, 2) for part in parts)
+        for index, length in enumerate(lengths if keys else ()):
+            kept[index].append((seen[index, :, :length], values[index, :, :length]))
+        # What stands behind a shorter sequence's last row is seen by nothing before it.
+        found = F.scaled_dot_product_attention(
+            asked, seen, values, is_causal=True, scale=fused.scaling, enable_gqa=asked.shape[1] > seen.shape[1]
+        )
+        return rows.gather(found.transpose(1, 2)).flatten(1)
 
     entering: dict[int, Tensor] = dict.fromkeys(target.feature_layers, embedded[0])
     positions = torch.cat([torch.arange(length, device=target.device) for length in lengths])
