@@ -108,6 +108,23 @@ def test_a_training_that_draws_paths_resumes_bitwise_too(tmp_path, toy_target, t
     assert {"train_elbo", "train_ess", "train_path_acceptance_1", "train_brier", "train_loss_paths"} <= set(entry)
 
 
+def test_a_training_that_diverges_stops_and_says_so(tmp_path, toy_target, toy_sequences):
+    loop = make_loop(toy_target, toy_sequences, tmp_path, lr=1e30, warmup=0.0)
+    with pytest.raises(
+        ConfigError, match=r"diverged: the loss is (nan|inf) at step \d+ of \d+. Lower the .* \(lr 1e\+30,"
+    ):
+        loop.run()
+    loop = make_loop(toy_target, toy_sequences, tmp_path / "end")
+    last = loop.num_steps
+
+    def spoil(progress):
+        if progress.step == last:
+            loop.model.fc.weight.data[0, 0] = torch.nan
+
+    with pytest.raises(ConfigError, match=r"diverged: after the last step 'fc.weight' has values that are no finite"):
+        loop.run(report=spoil)
+
+
 def test_without_resume_training_starts_again(tmp_path, toy_target, toy_sequences):
     def stop(progress):
         if progress.step == 3:

@@ -25,6 +25,8 @@ RUNS = {
     "trees": "trees-cpu-2026-11-27",
     "pictures": "pictures-cpu-2026-11-26",
     "ablation-pictures": "ablation-pictures-cpu-2026-11-26",
+    "ablation-pictures-vispec": "ablation-pictures-vispec-cpu-2026-11-27",
+    "ablation-pictures-eagle3": "ablation-pictures-eagle3-cpu-2026-11-27",
 }
 
 

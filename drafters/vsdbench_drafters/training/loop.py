@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vsdbench.errors import ConfigError
 from vsdbench.processes import Processes
 from vsdbench.store.files import write_atomic
 from vsdbench_drafters.training.checkpoint import load_state, save_state
@@ -145,6 +146,7 @@ class TrainingLoop:
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint was written before.
+            ConfigError: The loss or the weights are no numbers any more.
             EnvironmentProblemError: Another process stopped, or reads another checkpoint.
         """
         done, loss = self._restore() if resume else (0, math.nan)
@@ -160,6 +162,8 @@ class TrainingLoop:
                 begun = time.monotonic()
                 loss = self._step(step)
                 self.seconds += time.monotonic() - begun
+                if not math.isfinite(loss):
+                    raise self._diverged(f"the loss is {loss} at step {step + 1} of {self.num_steps}")
                 tokens += sum(self._rows[i] for batch in self._steps[step] for i in batch)
                 if step + 1 in marks:
                     self._evaluate(step + 1, tokens, loss)
@@ -205,8 +209,18 @@ class TrainingLoop:
         self._maker.num_forwards = before + sum(forwards for _, forwards in done)
         return sum(part for part, _ in done)
 
+    def _diverged(self, what: str) -> ConfigError:
+        """Return the error of a training whose numbers have run away: nothing of it is a drafter."""
+        rates = ", ".join(f"{name} {getattr(self._config, name):g}" for name in ("lr", "vector_lr", "head_lr"))
+        return ConfigError(
+            f"training has diverged: {what}. Lower the learning rates ({rates}) or training.clip "
+            f"({self._config.clip:g}), or give it more training.warmup ({self._config.warmup:g})."
+        )
+
     def _finish(self, progress: Progress) -> Progress:
         """Put the weights in place that are kept; return what the last evaluation, or theirs, showed of them."""
+        if broken := [name for name, tensor in self._trained.items() if not bool(tensor.isfinite().all())]:
+            raise self._diverged(f"after the last step '{broken[0]}' has values that are no finite numbers")
         self._evaluate(progress.step, progress.tokens, progress.loss)
         with torch.no_grad():
             for name, tensor in (self._best or self._average).items():

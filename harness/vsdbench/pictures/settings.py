@@ -110,8 +110,8 @@ BUILT_MODELS: dict[str, BuildSettings] = {
         language_model_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         tower=TowerShape(),
-        naming=StageSettings(num_steps=1400, batch_size=16, learning_rate=1.5e-3),
-        answering=StageSettings(num_steps=320, batch_size=2, learning_rate=3e-4, language_learning_rate=3e-4),
+        naming=StageSettings(num_steps=1000, batch_size=16, learning_rate=1.5e-3),
+        answering=StageSettings(num_steps=240, batch_size=2, learning_rate=3e-4, language_learning_rate=3e-4),
         minutes=15,
     ),
 }

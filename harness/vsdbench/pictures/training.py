@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,20 +172,16 @@ class Answering(Stage):
 
 def answer_logits(model: LlavaForConditionalGeneration, lesson: Lesson) -> Tensor:
     """Return ``[A, V]`` fp32 logits of a lesson's answer tokens, every question beside the others."""
-    language = model.model.language_model
-    usual = language.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+    language: Any = model.model.language_model
     dtype = _products_dtype(model)
     embedded = model.get_input_embeddings()(lesson.ids).to(dtype)  # sums between the layers are in that dtype too
     features = image_features(model, lesson.pixels.to(model.dtype))
     embedded = embedded.masked_scatter((lesson.ids == model.config.image_token_id)[..., None], features.to(embedded))
     hidden = torch.zeros(lesson.visible.shape, dtype=dtype).masked_fill_(~lesson.visible, -torch.inf)
-    language.set_attn_implementation(_ATTENTION)
-    try:
+    with _quick(language):
         states = language(
             inputs_embeds=embedded, attention_mask=hidden, position_ids=lesson.positions, use_cache=False
         ).last_hidden_state
-    finally:
-        language.set_attn_implementation(usual)
     logits: Tensor = model.lm_head(states.flatten(0, 1)[lesson.predicts]).float()
     return logits
 
@@ -192,6 +190,26 @@ def _products_dtype(model: LlavaForConditionalGeneration) -> torch.dtype:
     """Return the dtype of a model's matrix products: autocast's, or the model's own."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+@contextmanager
+def _quick(language: Any) -> Iterator[None]:  # noqa: ANN401 - a transformers model
+    """Let a Llama model attend by plain products and norm its states in their own dtype: fewer and smaller tensors."""
+    usual = language.config._attn_implementation  # noqa: SLF001 - there is no public getter
+    norms = [module for module in language.modules() if hasattr(module, "variance_epsilon")]
+    language.set_attn_implementation(_ATTENTION)
+    for norm in norms:
+        norm.forward = partial(_norm, norm)
+    try:
+        yield
+    finally:
+        language.set_attn_implementation(usual)
+        for norm in norms:
+            del norm.forward
+
+
+def _norm(norm: Any, states: Tensor) -> Tensor:  # noqa: ANN401 - transformers' LlamaRMSNorm
+    return F.rms_norm(states, states.shape[-1:], norm.weight.to(states.dtype), norm.variance_epsilon)
 
 
 def _attend(  # noqa: PLR0917 - the order is transformers'
