@@ -120,4 +120,5 @@ def test_a_prompts_images_are_read_before_any_row_is_committed():
 def test_packs_hold_what_fits():
     assert list(packs([])) == []
     lengths = [700, 300, 25, 1024, 1500, 1]
+    assert list(packs([3, 0, 2, 0], 4)) == [[0], [2]]
     assert [[lengths[i] for i in pack] for pack in packs(lengths)] == [[700, 300], [25], [1024], [1500], [1]]

@@ -26,6 +26,7 @@ from torch import Tensor
 from vsdbench.models.fused import FusedLayers
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.masks import Masks
+from vsdbench.models.reading import packs
 from vsdbench_drafters.training.answers import Request, Response, StopReason, ends_in_loop
 from vsdbench_drafters.training.sampling import pick_tokens
 from vsdbench_drafters.training.slots import Group, SlotAttention, SlotCache
@@ -43,21 +44,6 @@ Look = Callable[[Sequence[ImagePrompt]], Iterable[tuple[Layers, int]]]
 
 def _up(columns: int) -> int:
     return -(-columns // _COLUMNS_UNIT) * _COLUMNS_UNIT
-
-
-def _packs(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return positions of the sequences that are not empty, in packs of up to 512 tokens (or one longer sequence)."""
-    packs: list[list[int]] = []
-    tokens = _PACK_TOKENS
-    for position, sequence in enumerate(sequences):
-        if not sequence:
-            continue
-        if tokens + len(sequence) > _PACK_TOKENS:
-            packs.append([])
-            tokens = 0
-        packs[-1].append(position)
-        tokens += len(sequence)
-    return packs
 
 
 class _Rows:
@@ -282,7 +268,7 @@ class SlotGenerator:
         self._read_images(rows, filled[seen])
         filled = filled[~seen]
         suffixes = [list(rows.requests[row].prompt_ids[len(self._prefix) : -1]) for row in filled]
-        for pack in _packs(suffixes):
+        for pack in packs([len(suffix) for suffix in suffixes], _PACK_TOKENS):
             self._prefill([suffixes[position] for position in pack], filled[pack])
         return len(taken) < len(free)
 

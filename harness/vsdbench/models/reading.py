@@ -104,18 +104,24 @@ def reads_packed(target: Target) -> bool:
     return target.fused_layers is not None and can_branch(target)
 
 
-def packs(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of sequences, in order, in packs of at most ``PACK_TOKENS`` tokens (or one longer sequence).
+def packs(lengths: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
+    """Yield the indices of sequences that are not empty, in order, so many tokens together (or one longer sequence).
 
-    >>> list(packs([600, 400, 100, 2000]))
-    [[0, 1], [2], [3]]
+    Args:
+        lengths: Of the sequences.
+        most: Tokens of a pack; None: ``PACK_TOKENS``.
+
+    >>> list(packs([600, 400, 0, 100, 2000]))
+    [[0, 1], [3], [4]]
     """
+    most = PACK_TOKENS if most is None else most
     pack, tokens = list[int](), 0
     for index, length in enumerate(lengths):
-        if pack and tokens + length > PACK_TOKENS:
+        if pack and tokens + length > most:
             yield pack
             pack, tokens = [], 0
-        pack.append(index)
+        if length:
+            pack.append(index)
         tokens += length
     if pack:
         yield pack
