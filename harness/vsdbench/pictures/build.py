@@ -89,12 +89,9 @@ def _build(name: str, settings: BuildSettings, language_model: Path, work: Path,
     scratch = work / "tokenizer"
     scratch.mkdir(exist_ok=True)
     processor = make_processor(language_model, scratch)
-    stages = (
-        (Naming, settings.naming, settings.naming_key, torch.float32),  # a tower so small is slower in bf16
-        (Answering, settings.answering, settings.key, dtype),
-    )
-    for kind, stage_settings, key, products in stages:
-        stage: Stage = kind(model, stage_settings, products, processor.tokenizer)
+    stages = ((Naming, settings.naming, settings.naming_key), (Answering, settings.answering, settings.key))
+    for kind, stage_settings, key in stages:
+        stage: Stage = kind(model, stage_settings, dtype, processor.tokenizer)
         start = time.monotonic()
         with _bar(console, stage.name, stage_settings.num_steps) as advance:
             stage.run(work / f"{kind.__name__.lower()}-{key}.pt", advance)

@@ -67,7 +67,7 @@ class BuildSettings:
         num_scored: Held-out scenes that it is examined on.
         seed: Of the first weights.
         minutes: What it should take on two free CPU cores with fast bf16.
-        lessons: Raised whenever the scenes or what is taught about them change.
+        lessons: Raised whenever the scenes, what is taught about them, or the numbers' formats change.
     """
 
     description: str
@@ -77,10 +77,10 @@ class BuildSettings:
     tower: TowerShape
     naming: StageSettings
     answering: StageSettings
-    num_scored: int = 48
+    num_scored: int = 36
     seed: int = 0
     minutes: int
-    lessons: int = 1
+    lessons: int = 2
 
     @property
     def key(self) -> str:
@@ -110,7 +110,7 @@ BUILT_MODELS: dict[str, BuildSettings] = {
         language_model_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         tower=TowerShape(),
-        naming=StageSettings(num_steps=1000, batch_size=16, learning_rate=1.5e-3),
+        naming=StageSettings(num_steps=1200, batch_size=16, learning_rate=1.5e-3),
         answering=StageSettings(num_steps=240, batch_size=2, learning_rate=3e-4, language_learning_rate=3e-4),
         minutes=15,
     ),

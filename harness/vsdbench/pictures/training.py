@@ -52,6 +52,7 @@ class Stage(ABC):
         self.model = model
         self.settings = settings
         self.autocast = autocast
+        model.model.vision_tower.set_attn_implementation("eager")  # plain products, for the reason of ``_attend``
         for parameter in model.parameters():
             parameter.requires_grad_(requires_grad=False)
         vision = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
