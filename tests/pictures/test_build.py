@@ -147,7 +147,7 @@ def test_a_name_is_built_once_and_listed(seeing, monkeypatch) -> None:
 def test_other_settings_are_another_model(monkeypatch) -> None:
     keys = {
         tiny_settings(**changes).key
-        for changes in ({}, {"seed": 1}, {"lessons": 2}, {"language_model_sha256": "1" * 64}, {"num_scored": 4})
+        for changes in ({}, {"seed": 1}, {"lessons": 9}, {"language_model_sha256": "1" * 64}, {"num_scored": 4})
     }
     assert len(keys) == 5
     assert tiny_settings(description="Other", minutes=2).key == tiny_settings().key
