@@ -17,14 +17,12 @@ from vsdbench.bench.auto_tree import (
     Choice,
     Costs,
     Proposal,
+    Trials,
     candidates,
     choose_trees,
     finalists,
-    measure_costs,
     num_decodes,
-    play_off,
     rank,
-    watch,
 )
 from vsdbench.bench.calibration import NUM_PROMPTS, PROMPTS, calibration_prompts
 from vsdbench.decoding.engine import decode
@@ -79,7 +77,7 @@ def test_a_walk_takes_the_steps_that_decoding_takes(temperature):
     drafter = make_drafter(target)
     prompts = [make_prompt(9, seed) for seed in range(3)]
     chosen = settings(30, temperature=temperature)
-    answers = watch(target, drafter, prompts, chosen, LIMIT)
+    answers = Trials(target=target, drafter=drafter, prompts=prompts).watch(chosen, LIMIT)
     total = 0
     for budget in (1, 4, 9, 16):
         shape = TreeShape(budget=budget, depth=min(budget, 4), top_k=4)
@@ -108,7 +106,7 @@ def test_the_best_prediction_comes_first_and_follows_the_costs():
 
 def test_costs_cover_every_candidate_and_rise_with_the_nodes():
     target = make_target()
-    costs = measure_costs(target, make_drafter(target), [make_prompt(9)], settings(8), LIMIT)
+    costs = Trials(target=target, drafter=make_drafter(target), prompts=[make_prompt(9)]).costs(settings(8), LIMIT)
     assert list(costs.verify.values()) == sorted(costs.verify.values())
     assert 0 in costs.verify
     for shape in candidates(LIMIT):
@@ -120,7 +118,8 @@ def test_a_tree_that_is_a_whole_answer_has_costs_too():
     target, prompt = make_target(), make_prompt(9)
     answer = plain(target, prompt, settings(auto_tree.COST_TOKENS))
     deep = TreeShape(budget=auto_tree.COST_TOKENS, depth=auto_tree.COST_TOKENS, top_k=1)
-    costs = measure_costs(target, KnowingDrafter(answer, len(prompt)), [prompt], settings(8), deep)
+    trials = Trials(target=target, drafter=KnowingDrafter(answer, len(prompt)), prompts=[prompt])
+    costs = trials.costs(settings(8), deep)
     assert {depth for depth, _ in costs.draft} == set(range(1, auto_tree.COST_TOKENS + 1))
 
 
@@ -146,11 +145,12 @@ def test_the_play_off_decodes_every_prompt_with_everyone_and_takes_the_fastest(m
         return replace(generation, decode_s=slower * pace.get(size, 0.02) * (len(generation.token_ids) - 1))
 
     monkeypatch.setattr(auto_tree, "decode", timed)
-    best, second = play_off(target, drafter, prompts, settings(8), shapes)
+    trials = Trials(target=target, drafter=drafter, prompts=prompts)
+    best, second = trials.play_off(settings(8), shapes)
     assert (best.shape, second.shape) == (shapes[1], shapes[0])
     assert best.speedup == pytest.approx(2.5)
     assert second.speedup == pytest.approx(1.25)
-    walked = [answer.walk(best.shape) for answer in watch(target, drafter, prompts, settings(8), LIMIT)]
+    walked = [answer.walk(best.shape) for answer in trials.watch(settings(8), LIMIT)]
     emitted, steps = (sum(counts) for counts in zip(*walked, strict=True))
     assert best.tau == pytest.approx(emitted / steps)
     assert sorted(order[:18]) == sorted((number, size) for number in range(6) for size in (0, 4, 8))

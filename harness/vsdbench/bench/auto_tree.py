@@ -224,66 +224,6 @@ def _nobody() -> None:
     """Tell nobody that an answer is done."""
 
 
-def watch(  # noqa: PLR0917 - what is decoded how, and who is told
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    settings: DecodeSettings,
-    limit: TreeShape,
-    tick: Callable[[], object] = _nobody,
-) -> list[Answer]:
-    """Return plainly decoded answers with a tree proposed at every position, wide enough for all up to ``limit``."""
-    answers = []
-    watching = Watching(drafter, replace(limit, budget=_WIDER * limit.budget))
-    for prompt in prompts:
-        generation = decode(target, watching, prompt, replace(settings, max_new_tokens=ANSWER_TOKENS))
-        answers.append(Answer(generation.token_ids, watching.proposals))
-        tick()
-    return answers
-
-
-def measure_costs(  # noqa: PLR0917 - as for ``watch``
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    settings: DecodeSettings,
-    limit: TreeShape,
-    tick: Callable[[], object] = _nobody,
-) -> Costs:
-    """Return the costs of steps, from a few steps with each of a grid of shapes, plain ones between them."""
-    grid = _cells(limit)
-    sizes = [budget for budget in BUDGETS if budget <= limit.budget]
-    plain: list[float] = []
-    other: list[float] = []
-    draft: dict[tuple[int, int], list[float]] = {cell: [] for cell in grid}
-    verify: dict[int, list[float]] = {}
-    for turn in range(_ROUNDS * len(grid)):
-        depth, top_k = grid[turn % len(grid)]
-        size = max(depth, sizes[turn % len(sizes)])
-        shape = TreeShape(kind="dynamic", budget=size, depth=depth, top_k=top_k)
-        short = replace(settings, max_new_tokens=COST_TOKENS, shape=shape, eos_ids=frozenset())
-        prompt = prompts[turn % len(prompts)]
-        steps = decode(target, drafter, prompt, short).steps
-        for step in steps[1:] or steps:  # a deep tree may be all of so short an answer
-            draft[depth, top_k].append(step.draft_ms)
-            verify.setdefault(step.num_nodes, []).append(step.verify_ms)
-            other.append(step.other_ms)
-        tick()
-        if turn % _PLAIN_EVERY == 0:
-            steps = decode(target, Autoregressive(), prompt, short).steps[1:]
-            tick()
-            plain += [step.draft_ms + step.verify_ms + step.other_ms for step in steps]
-            verify.setdefault(0, []).extend(step.verify_ms for step in steps)
-    medians = {size: statistics.median(times) for size, times in sorted(verify.items()) if len(times) >= 3}
-    rising = np.maximum.accumulate(list(medians.values()))  # more nodes are never cheaper: what says so is noise
-    return Costs(
-        plain=statistics.median(plain),
-        draft={cell: statistics.median(times) for cell, times in draft.items()},
-        verify=dict(zip(medians, rising.tolist(), strict=True)),
-        other=statistics.median(other),
-    )
-
-
 def rank(answers: Sequence[Answer], costs: Costs, shapes: Sequence[TreeShape]) -> list[Choice]:
     """Return the shapes with what is predicted of them, the best first; of equals the smaller tree."""
     choices = []
@@ -303,43 +243,98 @@ def finalists(choices: Sequence[Choice], number: int = _FINALISTS) -> list[TreeS
     return list(by_budget.values())[:number]
 
 
-def play_off(  # noqa: PLR0917 - as for ``watch``
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    settings: DecodeSettings,
-    shapes: Sequence[TreeShape],
-    tick: Callable[[], object] = _nobody,
-) -> list[Choice]:
-    """Return what was measured of some shapes, the fastest first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trials:
+    """Answers to calibration prompts, by which trees are judged.
 
-    Every prompt is decoded plainly and with every shape, the first of them in turn another. As in a report, a
-    speedup is the geometric mean over prompts of the ratio of seconds a token.
+    Attributes:
+        target: The target.
+        drafter: Its drafter.
+        prompts: Token ids of each.
+        tick: Called after every answer (see ``num_decodes``).
     """
-    contestants = [None, *shapes]
-    answers: dict[TreeShape | None, list[Generation]] = {shape: [] for shape in contestants}
-    for number, prompt in enumerate(prompts):
-        first = number % len(contestants)
-        for shape in (*contestants[first:], *contestants[:first]):
-            short = replace(settings, max_new_tokens=ANSWER_TOKENS, shape=shape or shapes[0])
-            answers[shape].append(decode(target, drafter if shape else Autoregressive(), prompt, short))
-            tick()
-    plain = answers[None]
-    choices = []
-    for shape in shapes:
-        own = answers[shape]
-        logs = [math.log(a.s_per_token / b.s_per_token) for a, b in zip(plain, own, strict=True) if a.steps and b.steps]
-        steps = sum(len(answer.steps) for answer in own)
-        emitted = sum(len(answer.token_ids) - 1 for answer in own)
-        choices.append(
-            Choice(
-                shape=shape,
-                tau=emitted / max(1, steps),
-                speedup=math.exp(statistics.fmean(logs)) if logs else 1.0,
-                step_ms=1e3 * sum(answer.decode_s for answer in own) / max(1, steps),
-            )
+
+    target: Target
+    drafter: Drafter
+    prompts: Sequence[Sequence[int]]
+    tick: Callable[[], object] = _nobody
+
+    def watch(self, settings: DecodeSettings, limit: TreeShape) -> list[Answer]:
+        """Return plainly decoded answers, at every position a tree proposed wide enough for all up to ``limit``."""
+        answers = []
+        watching = Watching(self.drafter, replace(limit, budget=_WIDER * limit.budget))
+        for prompt in self.prompts:
+            generation = decode(self.target, watching, prompt, replace(settings, max_new_tokens=ANSWER_TOKENS))
+            answers.append(Answer(generation.token_ids, watching.proposals))
+            self.tick()
+        return answers
+
+    def costs(self, settings: DecodeSettings, limit: TreeShape) -> Costs:
+        """Return the costs of steps, from a few steps with each of a grid of shapes, plain ones between them."""
+        grid = _cells(limit)
+        sizes = [budget for budget in BUDGETS if budget <= limit.budget]
+        plain: list[float] = []
+        other: list[float] = []
+        draft: dict[tuple[int, int], list[float]] = {cell: [] for cell in grid}
+        verify: dict[int, list[float]] = {}
+        for turn in range(_ROUNDS * len(grid)):
+            depth, top_k = grid[turn % len(grid)]
+            size = max(depth, sizes[turn % len(sizes)])
+            shape = TreeShape(kind="dynamic", budget=size, depth=depth, top_k=top_k)
+            short = replace(settings, max_new_tokens=COST_TOKENS, shape=shape, eos_ids=frozenset())
+            prompt = self.prompts[turn % len(self.prompts)]
+            steps = decode(self.target, self.drafter, prompt, short).steps
+            for step in steps[1:] or steps:  # a deep tree may be all of so short an answer
+                draft[depth, top_k].append(step.draft_ms)
+                verify.setdefault(step.num_nodes, []).append(step.verify_ms)
+                other.append(step.other_ms)
+            self.tick()
+            if turn % _PLAIN_EVERY == 0:
+                steps = decode(self.target, Autoregressive(), prompt, short).steps[1:]
+                self.tick()
+                plain += [step.draft_ms + step.verify_ms + step.other_ms for step in steps]
+                verify.setdefault(0, []).extend(step.verify_ms for step in steps)
+        medians = {size: statistics.median(times) for size, times in sorted(verify.items()) if len(times) >= 3}
+        rising = np.maximum.accumulate(list(medians.values()))  # more nodes are never cheaper: what says so is noise
+        return Costs(
+            plain=statistics.median(plain),
+            draft={cell: statistics.median(times) for cell, times in draft.items()},
+            verify=dict(zip(medians, rising.tolist(), strict=True)),
+            other=statistics.median(other),
         )
-    return sorted(choices, key=lambda choice: (-choice.speedup, choice.shape.budget))
+
+    def play_off(self, settings: DecodeSettings, shapes: Sequence[TreeShape]) -> list[Choice]:
+        """Return what was measured of some shapes, the fastest first.
+
+        Every prompt is decoded plainly and with every shape, the first of them in turn another. As in a report, a
+        speedup is the geometric mean over prompts of the ratio of seconds a token.
+        """
+        contestants = [None, *shapes]
+        answers: dict[TreeShape | None, list[Generation]] = {shape: [] for shape in contestants}
+        for number, prompt in enumerate(self.prompts):
+            first = number % len(contestants)
+            for shape in (*contestants[first:], *contestants[:first]):
+                short = replace(settings, max_new_tokens=ANSWER_TOKENS, shape=shape or shapes[0])
+                answers[shape].append(decode(self.target, self.drafter if shape else Autoregressive(), prompt, short))
+                self.tick()
+        plain = answers[None]
+        choices = []
+        for shape in shapes:
+            own = answers[shape]
+            logs = [
+                math.log(a.s_per_token / b.s_per_token) for a, b in zip(plain, own, strict=True) if a.steps and b.steps
+            ]
+            steps = sum(len(answer.steps) for answer in own)
+            emitted = sum(len(answer.token_ids) - 1 for answer in own)
+            choices.append(
+                Choice(
+                    shape=shape,
+                    tau=emitted / max(1, steps),
+                    speedup=math.exp(statistics.fmean(logs)) if logs else 1.0,
+                    step_ms=1e3 * sum(answer.decode_s for answer in own) / max(1, steps),
+                )
+            )
+        return sorted(choices, key=lambda choice: (-choice.speedup, choice.shape.budget))
 
 
 def choose_trees(
@@ -364,10 +359,11 @@ def choose_trees(
     first = next(iter(modes.values()))
     decode(target, drafter, prompts[0], replace(first, max_new_tokens=COST_TOKENS, shape=limit))  # warm-up
     tick()
-    costs = measure_costs(target, drafter, prompts, first, limit, tick)
+    trials = Trials(target=target, drafter=drafter, prompts=prompts, tick=tick)
+    costs = trials.costs(first, limit)
     chosen = {}
     for name, settings in modes.items():
         widest = replace(limit, kind="coupled") if settings.rule == "coupled" else limit
-        ranked = rank(watch(target, drafter, prompts, settings, widest, tick), costs, candidates(widest))
-        chosen[name] = play_off(target, drafter, prompts, settings, finalists(ranked), tick)[0]
+        ranked = rank(trials.watch(settings, widest), costs, candidates(widest))
+        chosen[name] = trials.play_off(settings, finalists(ranked))[0]
     return chosen
