@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vsdbench.bench.decode_step import KINDS
 from vsdbench.paths import results_dir
 from vsdbench.provenance import machine
 
@@ -59,7 +60,7 @@ def decode_step(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
         rows = f"{line['rows']} rows"
         yield f"step / its matrix products, {rows}", line["step_over_products"], "x"
         yield f"step / reading its weights, {rows}", line["step_ms"] / result["reading_ms"], "x"
-        for name in ("own", "fused", "compiled"):
+        for name in KINDS:
             if line.get(f"{name}_ms"):
                 yield f"{name} layers / matrix products, {rows}", line[f"{name}_over_products"], "x"
 

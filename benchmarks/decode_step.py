@@ -1,4 +1,4 @@
-"""One forward of the target in decoding: its products alone, its own layers, the fused and the compiled ones, by rows.
+"""One forward of the target in decoding: its products alone, and each kind of layers, by rows.
 
 All in turns in one process; the medians and their ratios to the products ("floor") are what counts. The own layers run
 on packed weights too, so the difference is the operations between the products.
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from vsdbench.bench import script
-from vsdbench.bench.decode_step import measure_steps
+from vsdbench.bench.decode_step import KINDS, measure_steps
 from vsdbench.bench.run import RunOptions, load_target
 from vsdbench.doctor import memory_bandwidth
 from vsdbench.errors import ConfigError
@@ -55,7 +55,7 @@ def main() -> int:
         return 0
     print(f"{torch.get_num_threads()} threads, {target.dtype}, context {arguments.context}; median milliseconds")
     print(f"reading the weights takes {reading_ms:.1f} ms at this machine's memory bandwidth")
-    kinds = [kind for kind in ("own", "fused", "compiled") if lines[0][f"{kind}_ms"]]
+    kinds = [kind for kind in KINDS if lines[0][f"{kind}_ms"]]
     print("rows  products" + "".join(f"{kind:>10}  (ratio)" for kind in kinds))
     for line in lines:
         times = "".join(f"  {line[f'{kind}_ms']:8.1f}  {line[f'{kind}_over_products']:6.2f}x" for kind in kinds)

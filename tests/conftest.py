@@ -14,6 +14,7 @@ from rich.console import Console
 from vsdbench.store.records import STEP_COLUMNS, Record, hash_tokens
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch comes later; tests run side by side, on tiny tensors
+os.environ.setdefault("VSDBENCH_NATIVE", "1")  # no measuring of what is fast: the same kernels in every test
 
 DEFAULTS = {
     "run_id": "run-1",

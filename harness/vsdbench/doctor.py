@@ -168,7 +168,7 @@ def print_examination(report: dict[str, Any], console: Console) -> None:
             f"memory-bandwidth bound of {DEFAULT_MODEL}: {speed['bandwidth_bound_tokens_per_s']:.0f} tokens/s"
         )
     if step := speed["decode_step"]:
-        step_ms = step["fused_ms"] or step["own_ms"]
+        step_ms = step["step_ms"]
         bound_ms = 1e3 / speed["bandwidth_bound_tokens_per_s"]
         console.print(
             f"a step of its plain decoding: {step_ms:.1f} ms; its matrix products alone {step['products_ms']:.1f} ms "

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vsdbench.decoding.tree import empty_tree
-from vsdbench.models.packed import PackedLinear, Product, can_pack, pack, unpack
+from vsdbench.models import native, onednn
+from vsdbench.models.packed import Packed, PackedLinear, Product, can_pack, pack, unpack
 from vsdbench.models.target import Target
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def rows(*shape, dtype=torch.float32):
 
 def mislead(layer):
     """Pack twice the weight, so that the packed product can be told from the plain one."""
-    layer.packed = torch.ops.mkldnn._reorder_linear_weight(2 * layer.weight.detach(), 16)
+    object.__setattr__(layer, "packed", Packed(2 * layer.weight.detach(), layer.bias))
 
 
 def used_packed(layer, inputs) -> bool:
@@ -165,11 +166,13 @@ def test_what_cannot_be_packed(device, dtype):
     assert not can_pack(torch.device(device), dtype)
 
 
-@needs_packing
+@pytest.mark.skipif(not onednn.can_pack(torch.float32), reason="this build of torch has no oneDNN")
 @pytest.mark.parametrize("supported", [True, False])
-def test_bfloat16_is_packed_only_where_the_processor_has_it(supported, monkeypatch):
+@pytest.mark.parametrize("most_rows", [0, 8])
+def test_bfloat16_is_packed_where_the_processor_or_a_kernel_has_it(supported, most_rows, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert can_pack(CPU, torch.bfloat16) is supported
+    monkeypatch.setattr(native, "most_rows", lambda _: most_rows)
+    assert can_pack(CPU, torch.bfloat16) is (supported or most_rows > 0)
     assert can_pack(CPU, torch.float32)
 
 

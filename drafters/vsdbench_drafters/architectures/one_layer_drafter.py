@@ -24,14 +24,16 @@ from torch import Tensor
 
 from vsdbench.decoding.structure import Ancestry
 from vsdbench.decoding.tree import empty_tree, grow
+from vsdbench.models import native
 from vsdbench.models.device import send_numbers
 from vsdbench.models.masks import ContextMask
+from vsdbench.models.native_layers import Dimensions, LayerParts, make_native
 from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Request, TargetState, TokenTree, TreeShape
-    from vsdbench_drafters.architectures.one_layer import OneLayerModel
+    from vsdbench_drafters.architectures.one_layer import LayerConfig, OneLayerModel
 
 _SPARE_ROWS = 128
 _CHUNK = 1024
@@ -98,6 +100,8 @@ class CachedLayer:
         self.head = Product(self.cast(model.head()))
         self.mlp_norm = self.cast(model.layer.post_attention_layernorm.weight)
         self._mask = ContextMask(dtype, self.device)
+        parts = LayerParts(None, self.mlp_norm, self.qkv, None, self.out, self.gate, self.up, self.down)
+        self._native = make_native([parts], _dimensions(model.config, dtype))
         self.capacity = 0
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
 
@@ -160,7 +164,12 @@ class CachedLayer:
 
     def run(self, x: Tensor, residual: Tensor, positions: slice | Tensor, row: int, hide: Tensor | None) -> Tensor:
         """Run n rows from the attention's input ``[n, W]`` on; arguments and result as those of ``forward``."""
-        heads = self.heads(x, self.cos[positions], self.sin[positions])
+        cos, sin = self.cos[positions], self.sin[positions]
+        if self._native is not None and self._native.takes(len(x)):
+            turns = cos.float().expand(len(x), -1), sin.float().expand(len(x), -1)
+            mask = None if hide is None else self._mask.ending(self._additive(hide), row + len(x))
+            return self._native.run(residual, turns, [mask], (self.keys, self.values), row, entered=x)
+        heads = self.heads(x, cos, sin)
         return self.finish(self.attend(*heads, row, hide), residual)
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,12 +190,16 @@ class CachedLayer:
         queries = queries.reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
         mask = None
         if hide is not None:
-            last = torch.zeros(hide.shape, dtype=self.dtype, device=self.device).masked_fill_(hide, -torch.inf)
-            mask = self._mask.ending(last.repeat(self.config.num_attention_heads // groups, 1), stop)
+            last = self._additive(hide).repeat(self.config.num_attention_heads // groups, 1)
+            mask = self._mask.ending(last, stop)
         attended = F.scaled_dot_product_attention(
             queries[None], self.keys[None, :, :stop], self.values[None, :, :stop], attn_mask=mask
         )
         return attended.view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+
+    def _additive(self, hide: Tensor) -> Tensor:
+        """Return the mask of what is hidden."""
+        return torch.zeros(hide.shape, dtype=self.dtype, device=self.device).masked_fill_(hide, -torch.inf)
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         """Return the ``[n, H]`` un-normed outputs of what attention gave."""
@@ -196,7 +209,18 @@ class CachedLayer:
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return ``x`` normed."""
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        return native.norm(x, weight, self.config.rms_norm_eps)
+
+
+def _dimensions(config: LayerConfig, dtype: torch.dtype) -> Dimensions:
+    return Dimensions(
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        width=config.head_dim,
+        eps=config.rms_norm_eps,
+        scaling=config.head_dim**-0.5,
+        dtype=dtype,
+    )
 
 
 class OneLayerDrafter:

@@ -27,6 +27,7 @@ from vsdbench.bench.runner import Runner
 from vsdbench.bench.summary import Summary, summarise, summary_frame
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, VsdbenchError
+from vsdbench.models import native
 from vsdbench.models.compiled import describe
 from vsdbench.models.device import choose_device, choose_dtype, dtype_name
 from vsdbench.models.source import fetch_model
@@ -268,6 +269,7 @@ def _create(  # noqa: PLR0917 - what a manifest is made of
         "dtype": dtype_name(target.dtype),
         "attention": target.attention,
         "layers": target.layers_are,
+        "kernels": native.describe(target.device, target.dtype),
         "compiled": describe(target) if suite.config.compile else None,
         "methods": _describe(methods),
         "machine": machine(),

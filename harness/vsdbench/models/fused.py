@@ -14,7 +14,6 @@ heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsdbench.models import attention
+from vsdbench.models.native_layers import Dimensions, LayerParts, NativeLayers, make_native
 from vsdbench.models.packed import PackedLinear, Product
 
 if TYPE_CHECKING:
@@ -31,30 +31,10 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Text models whose layers are: norm, rotary attention, sum, norm, gated SiLU network, sum."""
 LARGEST_BYTES = 8 << 30
 """Weights up to which a second packed copy of queries, keys and values is afforded."""
+_FIRST_POSITIONS = 1024
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, queries [n, A, D], keys [n, G, D], values [n, G, D]) -> [n, A * D]``: the n rows' attention in a layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Products and norms of one layer.
-
-    Attributes:
-        norm: ``[H]``. ``mlp_norm``: likewise.
-        qkv: Queries, keys and values, joined.
-        head_norms: ``[D]`` weights of the norms of queries and of keys, where there are such.
-        out, gate, up, down: The other four.
-    """
-
-    norm: Tensor
-    mlp_norm: Tensor
-    qkv: Product
-    head_norms: tuple[Tensor, Tensor] | None
-    out: Product
-    gate: Product
-    up: Product
-    down: Product
 
 
 class FusedLayers:
@@ -64,6 +44,9 @@ class FusedLayers:
         decoder: The model's decoder, its linear layers packed.
         layers: Its layers.
         config: Its text config.
+
+    Attributes:
+        native: What runs few rows in one call; None where there is no such thing.
     """
 
     def __init__(self, decoder: Any, layers: Any, config: Any) -> None:  # noqa: ANN401 - of transformers
@@ -76,6 +59,18 @@ class FusedLayers:
         self.scaling: float = layers[0].self_attn.scaling
         self._types: Sequence[str | None] = getattr(config, "layer_types", None) or [None] * len(layers)
         self._layers = [_read(layer) for layer in layers]
+        self._kinds = sorted({name or "" for name in self._types})
+        sizes = Dimensions(
+            heads=self._heads,
+            groups=self._groups,
+            width=self._width,
+            eps=self._eps,
+            scaling=self.scaling,
+            dtype=layers[0].self_attn.q_proj.weight.dtype,
+        )
+        masks = [self._kinds.index(name or "") for name in self._types]
+        self.native: NativeLayers | None = make_native(self._layers, sizes, masks=masks, last_norm=self._last_norm)
+        self._turns = torch.empty(2, 0, self._width)
 
     def __call__(
         self,
@@ -94,6 +89,8 @@ class FusedLayers:
             cache: Where keys and values go.
             kept: Its keys are layers; the states ``[1, n, H]`` that enter them are put there.
         """
+        if self.native is not None and self.native.takes(len(embedded)):
+            return self._run_native(self.native, embedded, positions, masks, cache, kept)
 
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             mask = self.mask_of(index, masks)
@@ -101,6 +98,30 @@ class FusedLayers:
             return self.attend(queries, all_keys, all_values, mask)
 
         return self.run(embedded, positions, attend, kept)
+
+    def _run_native(  # noqa: PLR0917 - those of ``__call__``
+        self,
+        native: NativeLayers,
+        embedded: Tensor,
+        positions: Tensor,
+        masks: Tensor | dict[str, Tensor],
+        cache: PreallocatedCache,
+        kept: dict[int, Tensor],
+    ) -> Tensor:
+        cache.room_for(len(embedded))
+        shape = self._groups, self._width
+        buffers = cache.whole("keys", shape, embedded), cache.whole("values", shape, embedded)
+        by_kind = [masks if isinstance(masks, Tensor) else masks[kind] for kind in self._kinds]
+        return native.run(embedded, self._turn(positions), by_kind, buffers, cache.length, kept=kept)
+
+    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``[n, D]`` float32 cosines and sines of the rotary embedding, from a table of all positions."""
+        wanted = int(positions.max()) + 1
+        if self._turns.shape[1] < wanted:
+            every = torch.arange(max(_FIRST_POSITIONS, 2 * wanted))
+            self._turns = torch.cat(self._rotary(torch.empty(0), every[None]))
+        cos, sin = self._turns[:, positions]
+        return cos, sin
 
     def run(self, embedded: Tensor, positions: Tensor, attend: Attend, kept: dict[int, Tensor]) -> Tensor:
         """Return the ``[n, H]`` last normed states, with any attention; see ``__call__``."""
@@ -112,6 +133,7 @@ class FusedLayers:
         for index, layer in enumerate(self._layers):
             if index in kept:
                 kept[index] = x[None]
+            assert layer.norm is not None
             normed = F.rms_norm(x, layer.norm.shape, layer.norm, self._eps)
             mixed = layer.qkv(normed).view(count, self._heads + 2 * self._groups, width)
             turned = mixed[:, : self._heads + self._groups]
@@ -181,13 +203,13 @@ def agree(ours: Tensor, own: Tensor) -> bool:
     return all(bool(((a - b).norm(dim=-1) / b.norm(dim=-1)).median() <= tolerance) for a, b, tolerance in parts)
 
 
-def _read(layer: Any) -> _Layer:  # noqa: ANN401 - of transformers
+def _read(layer: Any) -> LayerParts:  # noqa: ANN401 - of transformers
     attn, mlp = layer.self_attn, layer.mlp
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)
     joined = torch.cat([projection.weight.detach() for projection in projections])
     biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
     norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-    return _Layer(
+    return LayerParts(
         norm=layer.input_layernorm.weight,
         mlp_norm=layer.post_attention_layernorm.weight,
         qkv=Product(joined, torch.cat(biases) if biases else None),

@@ -34,12 +34,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self._cache.length
-        stop = start + key_states.shape[-2]
-        if stop > self._cache.capacity:
-            raise ConfigError(
-                f"{stop} tokens do not fit into a cache of {self._cache.capacity}: use a smaller tree (budget, depth, "
-                "top_k) or fewer new tokens."
-            )
+        stop = self._cache.room_for(key_states.shape[-2])
         self.keys[:, :, start:stop] = key_states
         self.values[:, :, start:stop] = value_states
         return self.keys[:, :, :stop], self.values[:, :, :stop]
@@ -70,17 +65,40 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         self.capacity = capacity
         self._buffers: dict[tuple[str, int, int], Tensor] = {}
 
+    def room_for(self, count: int) -> int:
+        """Return the row behind ``count`` new ones.
+
+        Raises:
+            ConfigError: They do not fit.
+        """
+        stop = self.length + count
+        if stop > self.capacity:
+            raise ConfigError(
+                f"{stop} tokens do not fit into a cache of {self.capacity}: use a smaller tree (budget, depth, "
+                "top_k) or fewer new tokens."
+            )
+        return stop
+
+    def whole(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Return all layers' buffer, ``[num_layers, 1, num_kv_heads, capacity, head_dim]``.
+
+        Args:
+            name: ``keys`` or ``values``.
+            shape: Heads and width.
+            like: Of its dtype and device.
+        """
+        key = (name, *shape)
+        if key not in self._buffers:
+            self._buffers[key] = self._allocate(key, like)
+        return self._buffers[key]
+
     def buffer(self, name: str, states: Tensor, index: int) -> Tensor:
         """Return layer ``index``'s buffer for states of this shape, ``[1, num_kv_heads, capacity, head_dim]``."""
-        _, heads, _, width = states.shape
-        key = (name, heads, width)
-        if key not in self._buffers:
-            self._buffers[key] = self._allocate(key, states)
-        return self._buffers[key][index]
+        return self.whole(name, (states.shape[1], states.shape[3]), states)[index]
 
     def _allocate(self, key: tuple[str, int, int], states: Tensor) -> Tensor:
         _, heads, width = key
-        shape = (len(self.layers), len(states), heads, self.capacity, width)
+        shape = (len(self.layers), 1, heads, self.capacity, width)
         return torch.zeros(shape, dtype=states.dtype, device=states.device)
 
     def reset(self) -> None:

@@ -1,8 +1,9 @@
 """Linear layers whose weights are laid out once for the CPU's matrix kernels.
 
-``nn.Linear`` on a CPU hands its row-major weight to the matrix library at every call. oneDNN's own layout, made once,
-halves the time of a decode step's products (``benchmarks/products.py``), in float32 as in bfloat16. The dense weight
-stays beside it: embeddings are tied to it, and the transformers baseline runs on it, as its users would.
+``nn.Linear`` on a CPU hands its row-major weight to the matrix library at every call, which is slow for few rows
+(``benchmarks/products.py``). For these there are kernels of our own (``models.native``), which read weights about as
+fast as memory gives them, or else oneDNN's. The dense weight stays beside the copy: embeddings are tied to it, many
+rows are multiplied with it, and the transformers baseline runs on it, as its users would.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
-_ROWS_HINT = 16
-"""Rows for which the layout is chosen: a small tree. It serves any number of rows."""
+from vsdbench.models import native, onednn
 
 
 class Switch:
@@ -28,10 +27,52 @@ class Switch:
         self.on = True
 
 
+class Packed:
+    """A weight in the layouts that its kernels want, each made when it is needed.
+
+    Args:
+        weight: ``[out, in]``, of a dtype that ``can_pack``; later changes to it are not seen.
+        bias: ``[out]``, added to every row.
+    """
+
+    __slots__ = ("_bias", "_onednn", "_rows", "_weight", "panels")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        self._rows = native.most_rows(weight.dtype)
+        kernels = native.library() if self._rows else None
+        self.panels = None if kernels is None else native.Panels(kernels, self._weight, self._bias)
+        self._onednn: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight."""
+        return self._weight.dtype
+
+    def multiply(
+        self, rows: Tensor, activation: str = "none", operation: str = "", other: Tensor | None = None
+    ) -> Tensor:
+        """Return ``[..., out]``: the product, then SiLU (``swish``), or ``add`` or ``mul`` with ``other``."""
+        count = rows.numel() // rows.shape[-1]
+        if self.panels is not None and 0 < count <= self._rows:
+            return self.panels.multiply(rows, activation, operation, other)
+        # Beside our own kernels, oneDNN's pay where the processor has bfloat16 instructions, and not in float32.
+        if onednn.can_pack(rows.dtype) and (self.panels is None or rows.dtype is torch.bfloat16):
+            if self._onednn is None:
+                self._onednn = onednn.lay_out(self._weight)
+            return onednn.multiply(rows, self._onednn, self._bias, activation, operation, other)
+        result = linear(rows, self._weight, self._bias)
+        if activation == "swish":
+            result = silu(result)
+        if other is None:
+            return result
+        return result + other if operation == "add" else result * other
+
+
 class PackedLinear(nn.Linear):
     """An ``nn.Linear`` that multiplies with the packed copy of its weight wherever no gradient is wanted."""
 
-    packed: Tensor
+    packed: Packed
     switch: Switch
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
@@ -39,21 +80,12 @@ class PackedLinear(nn.Linear):
         learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         if learning or not self.switch.on or input.dtype != self.packed.dtype:
             return linear(input, self.weight, self.bias)
-        return _multiply(input, self.packed, self.bias)
+        return self.packed.multiply(input)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device and dtype have packed products in this build of torch."""
-    if not (
-        device.type == "cpu"
-        and dtype in PACKED_DTYPES
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    ):
-        return False
-    # A processor without bfloat16 instructions refuses the packed product, not the plain one.
-    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    """Whether this device and dtype have packed products here."""
+    return device.type == "cpu" and (onednn.can_pack(dtype) or native.most_rows(dtype) > 0)
 
 
 @torch.no_grad()
@@ -65,7 +97,7 @@ def pack(model: nn.Module) -> Switch:
             module.__class__ = PackedLinear
             module.switch = switch  # type: ignore[assignment]
             # Neither a parameter nor a buffer, so it is never saved.
-            object.__setattr__(module, "packed", lay_out(module.weight.detach()))
+            object.__setattr__(module, "packed", Packed(module.weight, module.bias))
     return switch
 
 
@@ -86,15 +118,15 @@ class Product:
         packed: The packed copy, if there is one.
     """
 
-    __slots__ = ("__weakref__", "_bias", "_number", "_packed", "_weight")
+    __slots__ = ("__weakref__", "_bias", "_number", "_weight", "packed")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: Packed | None = None) -> None:
         self._weight, self._bias = weight, bias
         self._number = next(_NUMBERS)
         _PRODUCTS[self._number] = self
         if packed is None and can_pack(weight.device, weight.dtype):
-            packed = lay_out(weight)
-        self._packed = packed
+            packed = Packed(weight, bias)
+        self.packed = packed
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return ``[n, out]``."""
@@ -102,36 +134,36 @@ class Product:
 
     def silu(self, rows: Tensor) -> Tensor:
         """Return ``[n, out]`` through the activation SiLU, rounded once."""
-        if self._packed is None:
+        if self.packed is None:
             return silu(self(rows))
         return self._through(rows, "swish")
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
         """Return the product plus ``other`` ``[n, out]``, rounded once."""
-        if self._packed is None:
+        if self.packed is None:
             return other + self(rows)
         return self._and(rows, "add", other)
 
     def times(self, rows: Tensor, other: Tensor) -> Tensor:
         """Return the product times ``other`` ``[n, out]``, element by element, rounded once."""
-        if self._packed is None:
+        if self.packed is None:
             return other * self(rows)
         return self._and(rows, "mul", other)
 
     def _through(self, rows: Tensor, activation: str) -> Tensor:
-        if self._packed is None:
+        if self.packed is None:
             return linear(rows, self._weight, self._bias)
         if torch.compiler.is_compiling():
             compiled: Tensor = torch.ops.vsdbench.product(rows, self._number, activation)
             return compiled
-        return _multiply(rows, self._packed, self._bias, activation)
+        return self.packed.multiply(rows, activation)
 
     def _and(self, rows: Tensor, operation: str, other: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             compiled: Tensor = torch.ops.vsdbench.product_and(rows, self._number, other, operation)
             return compiled
-        assert self._packed is not None
-        return _multiply_and(rows, self._packed, self._bias, operation, other)
+        assert self.packed is not None
+        return self.packed.multiply(rows, "none", operation, other)
 
 
 # A compiled graph cannot hold a packed weight, nor be kept on disk with one: it calls a product by its number.
@@ -167,20 +199,3 @@ def _product_shape(rows: Tensor, number: int, activation: str) -> Tensor:
 def _product_and_shape(rows: Tensor, number: int, other: Tensor, operation: str) -> Tensor:
     del rows, number, operation
     return torch.empty_like(other)
-
-
-# The operations below are what torch.compile itself puts in the place of a frozen linear layer on a CPU.
-def lay_out(weight: Tensor) -> Tensor:
-    """Return a packed copy of a weight ``[out, in]``."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)  # noqa: SLF001
-    return packed
-
-
-def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, activation, [], "")  # noqa: SLF001
-    return result
-
-
-def _multiply_and(rows: Tensor, packed: Tensor, bias: Tensor | None, operation: str, other: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, packed, bias, operation)  # noqa: SLF001
-    return result

@@ -352,8 +352,10 @@ class Target:
 
     @property
     def layers_are(self) -> str:
-        """``fused``, or ``own`` where the model's own code runs its layers."""
-        return "own" if self.fused_layers is None else "fused"
+        """``native`` or ``fused``, or ``own`` where the model's own code runs its layers."""
+        if self.fused_layers is None:
+            return "own"
+        return "fused" if self.fused_layers.native is None else "native"
 
     # ---- features ----
 
