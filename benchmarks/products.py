@@ -1,4 +1,4 @@
-"""The matrix products of one decode step, back to back: plain weights against packed ones, by number of rows.
+"""The matrix products of one decode step, back to back, by number of rows: plain weights, oneDNN's layout, our kernels.
 
 python benchmarks/products.py            # shapes of the embedded target
 python benchmarks/products.py --json
@@ -11,50 +11,67 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 
 from vsdbench.bench import script
 from vsdbench.errors import EnvironmentProblemError
+from vsdbench.models import native, onednn
 from vsdbench.models.device import dtype_name
-from vsdbench.models.packed import can_pack, pack
 
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 """Outputs and inputs of the linear layers in one of the 30 layers of SmolLM2-135M."""
 HEAD = (49152, 576)
 
+Multiply: TypeAlias = Callable[[Tensor], Tensor]
 
-def seconds(layers: Sequence[nn.Linear], inputs: dict[int, Tensor]) -> float:
-    """Return the time of one pass through the layers, each on the input of its width."""
-    started = time.perf_counter()
-    for layer in layers:
-        layer(inputs[layer.in_features])
-    return time.perf_counter() - started
+
+def kinds(dtype: torch.dtype) -> dict[str, list[Multiply]]:
+    """Return, for each kind of products that there is here, what multiplies rows with each of the weights."""
+    weights = [torch.randn(outputs, inputs).to(dtype) for outputs, inputs in (*LAYER * 30, HEAD)]
+    found: dict[str, list[Multiply]] = {"plain": [partial(linear, weight=weight) for weight in weights]}
+    if onednn.can_pack(dtype):
+        packed = [onednn.lay_out(weight) for weight in weights]
+        found["onednn"] = [partial(onednn.multiply, packed=weight, bias=None) for weight in packed]
+    if (library := native.library()) is not None:
+        found["native"] = [native.Panels(library, weight, None).multiply for weight in weights]
+    return found
 
 
 @torch.inference_mode()
-def measure(dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
-    """Return medians in milliseconds, the two variants in turn."""
-    layers = [nn.Linear(i, o, bias=False, dtype=dtype) for o, i in (*LAYER * 30, HEAD)]
-    switch = pack(nn.ModuleList(layers))
-    inputs = {width: torch.randn(rows, width, dtype=dtype) for width in (576, 1536)}
-    times: dict[str, list[float]] = {"plain_ms": [], "packed_ms": []}
-    for repeat in range(repeats + 2):
-        for name, on in (("plain_ms", False), ("packed_ms", True)):
-            switch.on = on
-            elapsed = seconds(layers, inputs)
-            if repeat >= 2:
-                times[name].append(1e3 * elapsed)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return medians | {"ratio": medians["plain_ms"] / medians["packed_ms"]}
+def measure(dtype: torch.dtype, sizes: list[int], repeats: int) -> list[dict[str, float | str | None]]:
+    """Return medians in milliseconds by number of rows, all kinds in turn, and the plain ones' ratio to each."""
+    there = kinds(dtype)
+    widths = [inputs for _, inputs in (*LAYER * 30, HEAD)]
+    lines = []
+    for size in sizes:
+        inputs = {width: torch.randn(size, width).to(dtype) for width in set(widths)}
+        times: dict[str, list[float]] = {kind: [] for kind in there}
+        for repeat in range(repeats + 2):
+            for kind, products in there.items():
+                started = time.perf_counter()
+                for multiply, width in zip(products, widths, strict=True):
+                    multiply(inputs[width])
+                if repeat >= 2:
+                    times[kind].append(1e3 * (time.perf_counter() - started))
+        line: dict[str, float | str | None] = {"dtype": dtype_name(dtype), "rows": size}
+        medians = {kind: statistics.median(values) for kind, values in times.items()}
+        for kind in ("plain", "onednn", "native"):
+            line[f"{kind}_ms"] = medians.get(kind)
+            line[f"{kind}_ratio"] = medians["plain"] / medians[kind] if kind in medians else None
+        lines.append(line)
+    return lines
 
 
 def parse() -> argparse.Namespace:
     """Return the command line's options."""
     parser = script.make_parser(__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 12, 16, 32, 64])
     parser.add_argument("--repeats", type=int, default=9)
     return parser.parse_args()
 
@@ -63,19 +80,20 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Print the table."""
     arguments = parse()
+    if native.library() is None and not onednn.can_pack(torch.float32):
+        raise EnvironmentProblemError(f"there are none but plain products here: {native.why_not()}.")
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        if not can_pack(torch.device("cpu"), dtype):
-            raise EnvironmentProblemError("this build of torch has no packed products.")
-        for rows in arguments.rows:
-            row = {"dtype": dtype_name(dtype), "rows": rows} | measure(dtype, rows, arguments.repeats)
-            results.append(row)
-            if not arguments.json:
-                print(
-                    "{dtype:9} {rows:4} rows  plain {plain_ms:7.1f} ms  packed {packed_ms:7.1f} ms {ratio:.2f}x".format(
-                        **row
-                    )
-                )
+        lines = measure(dtype, arguments.rows, arguments.repeats)
+        results += lines
+        if not arguments.json:
+            for line in lines:
+                cells = [
+                    f"{kind} {line[f'{kind}_ms']:6.1f} ms ({line[f'{kind}_ratio']:.2f}x)"
+                    for kind in ("plain", "onednn", "native")
+                    if line[f"{kind}_ms"]
+                ]
+                print(f"{line['dtype']:9} {line['rows']:4} rows  " + "  ".join(cells))
     if arguments.json:
         print(json.dumps(results))
     return 0

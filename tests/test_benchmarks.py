@@ -17,7 +17,7 @@ from vsdbench.errors import ConfigError
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NO_RATIO = {"aa_control", "coverage", "lossless_sweep"}
 PRINTED = {
-    "products": [{"dtype": "float32", "rows": 1, "ratio": 1.5}],
+    "products": [{"dtype": "float32", "rows": 1, "onednn_ratio": None, "native_ratio": 1.5}],
     "autoregressive": {
         "methods": {"autoregressive": {}, "hf-generate": {"our_speed_over_it": 1.31}},
     },

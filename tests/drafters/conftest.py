@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from vsdbench.models import packed
 from vsdbench.models.target import Target
+
+
+@pytest.fixture(autouse=True)
+def _exact_drafts(monkeypatch):
+    """Drafters that decode with the weights they were trained with, so that both can be compared."""
+    monkeypatch.setattr(packed, "ROUND_DRAFTS", False)
 
 
 @dataclass(frozen=True)

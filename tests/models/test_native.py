@@ -15,7 +15,7 @@ from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.tree import any_chain, empty_tree
 from vsdbench.errors import ConfigError
 from vsdbench.models import native, onednn
-from vsdbench.models.packed import Packed
+from vsdbench.models.packed import Packed, Product
 from vsdbench.models.target import Target
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.why_not()}")
@@ -63,6 +63,35 @@ def test_what_follows_a_product_is_part_of_it(dtype):
     assert close(made.multiply(x, "swish"), silu(exact), dtype)
     assert close(made.multiply(x, "none", "add", other), exact + other.double(), dtype)
     assert close(made.multiply(x, "none", "mul", other), exact * other.double(), dtype)
+
+
+@needs_kernels
+def test_a_narrow_weight_is_rounded_and_the_rows_are_not():
+    weight, bias = numbers(70, 40, dtype=torch.float32), numbers(70, dtype=torch.float32, seed=1)
+    x = numbers(9, 40, dtype=torch.float32, seed=2)
+    found = native.Panels(native.library(), weight, bias, narrow=True).multiply(x)
+    assert found.dtype is torch.float32
+    assert close(found, linear(x.double(), weight.bfloat16().double(), bias.double()), torch.float32)
+    assert not close(found, linear(x.double(), weight.double(), bias.double()), torch.float32)
+
+
+@needs_kernels
+def test_drafts_are_rounded_and_targets_are_not():
+    weight, x = numbers(70, 40, dtype=torch.float32), numbers(9, 40, dtype=torch.float32, seed=2)
+    exact, rounded = linear(x.double(), weight.double()), linear(x.double(), weight.bfloat16().double())
+    assert close(Product(weight)(x), exact, torch.float32)
+    assert close(Product(weight, narrow=True)(x), rounded, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9, 64, 65])
+def test_norms_are_torchs(rows, dtype):
+    x, weight = numbers(rows, 41, dtype=dtype), numbers(41, dtype=dtype, seed=1)
+    exact = torch.nn.functional.rms_norm(x.double(), (41,), weight.double(), 1e-5)
+    found = native.norm(x, weight, 1e-5)
+    assert found.dtype is dtype
+    assert close(found, exact, dtype)
 
 
 @needs_kernels

@@ -230,12 +230,14 @@ class MedusaDrafter:
         self._width = model.hidden_size
         self._blocks = [
             [
-                (Product(linear.weight.detach().to(dtype).contiguous()), linear.bias.detach().to(dtype))
+                (Product(linear.weight.detach().to(dtype).contiguous(), narrow=True), linear.bias.detach().to(dtype))
                 for linear in model.linears(step)
             ]
             for step in range(self.num_heads)
         ]
-        self._heads = [Product(model.head(step).detach().to(dtype).contiguous()) for step in range(self.num_heads)]
+        self._heads = [
+            Product(model.head(step).detach().to(dtype).contiguous(), narrow=True) for step in range(self.num_heads)
+        ]
         self._feature = torch.empty(0)
 
     def fork(self) -> MedusaDrafter:

@@ -33,7 +33,7 @@ from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Request, TargetState, TokenTree, TreeShape
-    from vsdbench_drafters.architectures.one_layer import LayerConfig, OneLayerModel
+    from vsdbench_drafters.architectures.one_layer import OneLayerModel
 
 _SPARE_ROWS = 128
 _CHUNK = 1024
@@ -88,20 +88,22 @@ class CachedLayer:
         self.dtype = dtype
         self.device = model.fc.weight.device
         self.embeddings = model.embeddings.to(dtype)
-        self.fc = Product(self.cast(model.fc.weight))
+        self.fc = self.product(model.fc.weight)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [projection.bias for projection in projections if projection.bias is not None]
-        weights = self.cast(*(projection.weight for projection in projections))
-        self.qkv = Product(weights, self.cast(*biases) if biases else None)
-        self.out = Product(self.cast(attention.o_proj.weight))
-        self.gate = Product(self.cast(mlp.gate_proj.weight))
-        self.up = Product(self.cast(mlp.up_proj.weight))
-        self.down = Product(self.cast(mlp.down_proj.weight))
-        self.head = Product(self.cast(model.head()))
+        self.qkv = self.product(*(projection.weight for projection in projections), biases=biases)
+        self.out = self.product(attention.o_proj.weight)
+        self.gate = self.product(mlp.gate_proj.weight)
+        self.up = self.product(mlp.up_proj.weight)
+        self.down = self.product(mlp.down_proj.weight)
+        self.head = self.product(model.head())
         self.mlp_norm = self.cast(model.layer.post_attention_layernorm.weight)
         self._mask = ContextMask(dtype, self.device)
         parts = LayerParts(None, self.mlp_norm, self.qkv, None, self.out, self.gate, self.up, self.down)
-        self._native = make_native([parts], _dimensions(model.config, dtype))
+        heads, groups, width = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
+        eps = model.config.rms_norm_eps
+        sizes = Dimensions(heads=heads, groups=groups, width=width, eps=eps, scaling=width**-0.5, dtype=dtype)
+        self._native = make_native([parts], sizes)
         self.capacity = 0
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
 
@@ -128,6 +130,10 @@ class CachedLayer:
     def cast(self, *weights: Tensor) -> Tensor:
         """Return a copy of weights, joined along their outputs, in the dtype of the products."""
         return torch.cat([weight.detach() for weight in weights]).to(self.dtype).contiguous()
+
+    def product(self, *weights: Tensor, biases: Sequence[Tensor] = ()) -> Product:
+        """Return the product with weights joined along their outputs; few rows may see them rounded to bfloat16."""
+        return Product(self.cast(*weights), self.cast(*biases) if biases else None, narrow=True)
 
     def project(self, features: Tensor) -> Tensor:
         """Return ``[n, H]``, what recurs as the output does, made from ``[n, 4H]`` target features."""
@@ -210,17 +216,6 @@ class CachedLayer:
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return ``x`` normed."""
         return native.norm(x, weight, self.config.rms_norm_eps)
-
-
-def _dimensions(config: LayerConfig, dtype: torch.dtype) -> Dimensions:
-    return Dimensions(
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        width=config.head_dim,
-        eps=config.rms_norm_eps,
-        scaling=config.head_dim**-0.5,
-        dtype=dtype,
-    )
 
 
 class OneLayerDrafter:

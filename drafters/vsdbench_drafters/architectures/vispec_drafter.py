@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
-from vsdbench.models.packed import Product
 from vsdbench_drafters.architectures.eagle_drafter import EagleLayer
 from vsdbench_drafters.architectures.one_layer_drafter import PromptRows
 
@@ -33,7 +32,7 @@ class ViSpecLayer(EagleLayer):
         super().__init__(model, dtype)
         of_embedding, of_hidden = model.fc.weight.detach().chunk(2, dim=1)
         feature, picture = model.img_fc.weight.detach().chunk(2, dim=1)
-        self.fc = Product(self.cast(torch.cat([of_embedding, of_hidden @ feature], dim=1)))
+        self.fc = self.product(torch.cat([of_embedding, of_hidden @ feature], dim=1))
         constant = torch.zeros(len(of_hidden), device=self.device)
         if model.fc.bias is not None and model.img_fc.bias is not None:
             constant = of_hidden @ model.img_fc.bias.detach() + model.fc.bias.detach()

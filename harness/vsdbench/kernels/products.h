@@ -15,7 +15,7 @@
 typedef struct {
     const void* panels;
     const float* bias;
-    int32_t outputs, inputs;
+    int32_t outputs, inputs, is_bf16;
 } Weight;
 
 int32_t panel_width(void) { return PANEL; }
@@ -114,11 +114,11 @@ INLINE Share share_of(int outputs, int thread, int threads) {
 }
 
 /* Write the share of x [rows, inputs] times a weight, and its bias, into out [rows, outputs]. */
-static void product_share(const Weight* weight, int is_bf16, const float* x, int64_t stride, int rows, Share share,
-                          float* out, int64_t out_stride) {
+static void product_share(const Weight* weight, const float* x, int64_t stride, int rows, Share share, float* out,
+                          int64_t out_stride) {
     float tile[MOST_ROWS * PANEL] __attribute__((aligned(64)));
     const int passes = (rows + ROWS - 1) / ROWS, step = passes > 1 ? CHUNK : weight->inputs;
-    const int bytes = STREAM * (is_bf16 ? 2 : 4);
+    const int is_bf16 = weight->is_bf16, bytes = STREAM * (is_bf16 ? 2 : 4);
     const int64_t apart = (int64_t)weight->inputs * bytes;
     for (int s = share.begin; s < share.end;) {
         int streams = s + 1 < share.end ? 2 : 1;
@@ -160,7 +160,7 @@ INLINE void activate(float* row, int count) {
 }
 
 /* out [rows, outputs] = x [rows, inputs] times a weight, then SiLU (activation 1), then plus (1) or times (2) other.
- * work holds rows * (inputs + outputs) floats; x, other and out are of the weight's dtype. */
+ * work holds rows * (inputs + outputs) floats; x, other and out are bfloat16 or float32. */
 void product(const Weight* weight, const void* x, int32_t rows, int32_t is_bf16, int32_t activation, int32_t operation,
              const void* other, void* out, float* work, int32_t threads) {
     int inputs = weight->inputs, outputs = weight->outputs;
@@ -180,7 +180,7 @@ void product(const Weight* weight, const void* x, int32_t rows, int32_t is_bf16,
         int thread = 0, count = 1;
 #endif
         Share share = share_of(outputs, thread, count);
-        product_share(weight, is_bf16, read, inputs, rows, share, results, outputs);
+        product_share(weight, read, inputs, rows, share, results, outputs);
         int from = share.begin * STREAM, to = end_of(share, outputs);
         for (int r = 0; r < rows; r++) {
             float* row = results + (int64_t)r * outputs;

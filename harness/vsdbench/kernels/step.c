@@ -31,7 +31,7 @@ typedef struct {
     const float* last_norm; /* NULL: no last norm */
     int32_t num_layers, num_masks, hidden, heads, groups, width, inner;
     float eps, scaling;
-    int32_t is_bf16; /* of weights, cache, inputs and outputs; computed is float32 */
+    int32_t is_bf16; /* of cache, inputs and outputs; computed is float32 */
 } Model;
 
 typedef struct {
@@ -293,7 +293,7 @@ static void mix_values(const Model* model, const Layer* layer, const Call* call,
 static void add_share(const Weight* weight, const Model* model, const float* input, int rows, int thread, int threads,
                       float* scratch, float* x) {
     Share share = share_of(weight->outputs, thread, threads);
-    product_share(weight, model->is_bf16, input, weight->inputs, rows, share, scratch, model->hidden);
+    product_share(weight, input, weight->inputs, rows, share, scratch, model->hidden);
     for (int r = 0; r < rows; r++)
         for (int o = share.begin * STREAM; o < end_of(share, weight->outputs); o++)
             x[(int64_t)r * model->hidden + o] += scratch[(int64_t)r * model->hidden + o];
@@ -315,8 +315,7 @@ static void run_layer(const Model* model, const Layer* layer, const Call* call, 
                       work->normed + (int64_t)r * inputs);
         else
             read_row(call->entered, (int64_t)r * inputs, inputs, model->is_bf16, work->normed + (int64_t)r * inputs);
-    product_share(&layer->qkv, model->is_bf16, work->normed, inputs, rows, share_of(wide, thread, threads), work->qkv,
-                  wide);
+    product_share(&layer->qkv, work->normed, inputs, rows, share_of(wide, thread, threads), work->qkv, wide);
     wait_for_all(work->meeting);
     int items = rows * (heads + 2 * groups);
     for (int item = items * thread / threads; item < items * (thread + 1) / threads; item++)
@@ -336,8 +335,8 @@ static void run_layer(const Model* model, const Layer* layer, const Call* call, 
         normalise(work->x + (int64_t)r * hidden, layer->mlp_norm, hidden, model->eps,
                   work->normed + (int64_t)r * hidden);
     Share share = share_of(model->inner, thread, threads);
-    product_share(&layer->gate, model->is_bf16, work->normed, hidden, rows, share, work->gate, model->inner);
-    product_share(&layer->up, model->is_bf16, work->normed, hidden, rows, share, work->up, model->inner);
+    product_share(&layer->gate, work->normed, hidden, rows, share, work->gate, model->inner);
+    product_share(&layer->up, work->normed, hidden, rows, share, work->up, model->inner);
     int from = share.begin * STREAM, to = end_of(share, model->inner);
     for (int r = 0; r < rows && to > from; r++) {
         float *gate = work->gate + (int64_t)r * model->inner, *up = work->up + (int64_t)r * model->inner;

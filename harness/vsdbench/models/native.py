@@ -10,6 +10,7 @@ so that all runs on a machine compute alike.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -55,6 +56,7 @@ class Weight(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
+        ("is_bf16", ctypes.c_int32),
     )
 
 
@@ -65,21 +67,23 @@ class Panels:
         library: The kernels.
         weight: ``[out, in]``; it is copied.
         bias: ``[out]``.
+        narrow: Whether to round the copy to bfloat16, whatever the dtype of the rows: it is read in half the time.
     """
 
     __slots__ = ("_address", "_bias", "_data", "_is_bf16", "_library", "outputs", "struct")
 
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None, *, narrow: bool = False) -> None:
         self._library = library
         self.outputs, inputs = weight.shape
         width = library.panel_width()
-        weight = weight.detach().contiguous()
+        self._is_bf16 = int(weight.dtype is torch.bfloat16)  # of rows
+        weight = weight.detach().to(torch.bfloat16 if narrow else weight.dtype).contiguous()
+        is_bf16 = int(weight.dtype is torch.bfloat16)
         self._data = weight.new_empty(-(-self.outputs // width) * width * inputs)
         self._bias = None if bias is None else bias.detach().float().contiguous()
-        self._is_bf16 = int(weight.dtype is torch.bfloat16)
-        library.lay_out(weight.data_ptr(), self._data.data_ptr(), self.outputs, inputs, self._is_bf16)
+        library.lay_out(weight.data_ptr(), self._data.data_ptr(), self.outputs, inputs, is_bf16)
         pointer = None if self._bias is None else self._bias.data_ptr()
-        self.struct = Weight(self._data.data_ptr(), pointer, self.outputs, inputs)
+        self.struct = Weight(self._data.data_ptr(), pointer, self.outputs, inputs, is_bf16)
         self._address = ctypes.addressof(self.struct)
 
     def multiply(
@@ -145,7 +149,8 @@ def most_rows(dtype: torch.dtype) -> int:
         known = {}
     if (name := str(dtype)) not in known:
         known[name] = _measure(kernels, dtype)
-        _write(path, json.dumps(known).encode())
+        with contextlib.suppress(OSError):  # a cache that others filled, and only they may
+            _write(path, json.dumps(known).encode())
     return int(known[name])
 
 

@@ -18,6 +18,10 @@ from torch.nn.functional import linear, silu
 from vsdbench.models import native, onednn
 
 
+ROUND_DRAFTS = True
+"""Whether ``narrow`` weights are rounded: drafts may be, and then take half the reading. Tests of equality do without."""
+
+
 class Switch:
     """Turns the packed products of one model on and off."""
 
@@ -33,15 +37,17 @@ class Packed:
     Args:
         weight: ``[out, in]``, of a dtype that ``can_pack``; later changes to it are not seen.
         bias: ``[out]``, added to every row.
+        narrow: Whether kernels for few rows may round the weight to bfloat16.
     """
 
     __slots__ = ("_bias", "_onednn", "_rows", "_weight", "panels")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, narrow: bool = False) -> None:
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
         self._rows = native.most_rows(weight.dtype)
         kernels = native.library() if self._rows else None
-        self.panels = None if kernels is None else native.Panels(kernels, self._weight, self._bias)
+        narrow = narrow and ROUND_DRAFTS
+        self.panels = None if kernels is None else native.Panels(kernels, self._weight, self._bias, narrow=narrow)
         self._onednn: Tensor | None = None
 
     @property
@@ -116,16 +122,19 @@ class Product:
         weight: ``[out, in]``; it is copied where it is packed, so later changes to it are not seen.
         bias: ``[out]``, added to every row.
         packed: The packed copy, if there is one.
+        narrow: As for ``Packed``: drafts may be rounded, what a target says may not.
     """
 
     __slots__ = ("__weakref__", "_bias", "_number", "_weight", "packed")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: Packed | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, packed: Packed | None = None, narrow: bool = False
+    ) -> None:
         self._weight, self._bias = weight, bias
         self._number = next(_NUMBERS)
         _PRODUCTS[self._number] = self
         if packed is None and can_pack(weight.device, weight.dtype):
-            packed = Packed(weight, bias)
+            packed = Packed(weight, bias, narrow=narrow)
         self.packed = packed
 
     def __call__(self, rows: Tensor) -> Tensor:
