@@ -162,10 +162,12 @@ def test_kept_features_are_those_of_every_batch(target, tmp_path):
     kept = cached_features(target, sequences, tmp_path, fingerprint="x", keys=True, images=True)
     indices = [3, 0, 1, 2]
     ours, theirs = kept.read(indices), online.read(indices)
-    assert torch.equal(ours.states, theirs.states)
+    # But for rounding: batches of other sizes may be multiplied by other kernels.
+    torch.testing.assert_close(ours.states, theirs.states)
     assert torch.equal(ours.images.mask, theirs.images.mask)
     assert torch.equal(ours.images.embeddings, theirs.images.embeddings)
-    assert all(torch.equal(a, b) for a, b in zip(ours.keys, theirs.keys, strict=True))
+    for a, b in zip(ours.keys, theirs.keys, strict=True):
+        torch.testing.assert_close(a, b)
     text = [i for i, sequence in enumerate(sequences) if sequence.encode is None]
     assert kept.read(text[:1]).images is None
 
