@@ -17,9 +17,8 @@ from torch.nn.functional import linear, silu
 
 from vsdbench.models import native, onednn
 
-
 ROUND_DRAFTS = True
-"""Whether ``narrow`` weights are rounded: drafts may be, and then take half the reading. Tests of equality do without."""
+"""Whether ``narrow`` weights are rounded: drafts may be, and are then read in half the time. Tests of equality do not."""
 
 
 class Switch:
