@@ -18,7 +18,7 @@ from torch.nn.functional import linear, silu
 from vsdbench.models import native, onednn
 
 ROUND_DRAFTS = True
-"""Whether ``narrow`` weights are rounded: drafts may be, and are then read in half the time. Tests of equality do not."""
+"""Whether ``narrow`` weights are rounded: drafts may be, and are then read in half the time. Tests may say no."""
 
 
 class Switch:
