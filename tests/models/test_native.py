@@ -271,6 +271,13 @@ def test_it_is_said_why_there_are_no_kernels(tmp_path):
         assert not list(tmp_path.rglob("*.so"))
 
 
+def test_an_unknown_wish_is_refused():
+    environment = os.environ | {native.VARIABLE: "off"}
+    done = subprocess.run([sys.executable, "-c", SAY], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode
+    assert "ConfigError: VSDBENCH_NATIVE is 'off': 0 does without kernels" in done.stderr
+
+
 @needs_kernels
 def test_how_many_rows_pay_is_measured_once_for_a_machine(tmp_path):
     first = say(VSDBENCH_CACHE=str(tmp_path))

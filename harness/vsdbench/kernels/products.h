@@ -7,9 +7,9 @@
 
 #include "vectors.h"
 
-#define CHUNK 48   /* inputs multiplied before the next rows: that part of a panel stays in the first cache */
-#define AHEAD 1536 /* bytes that weights are asked for in advance: hardware stops at the end of a page */
-#define MOST_ROWS 128
+#define CHUNK 48     /* inputs multiplied before the next rows: that part of a panel stays in the first cache */
+#define AHEAD 1536   /* bytes that weights are asked for in advance: hardware stops at the end of a page */
+#define MOST_ROWS 64 /* of one product; models/native.py says the same */
 
 /* A weight [outputs, inputs], laid out by `lay_out`; bias is float32 or NULL. */
 typedef struct {
@@ -19,7 +19,6 @@ typedef struct {
 } Weight;
 
 int32_t panel_width(void) { return PANEL; }
-int32_t most_rows(void) { return MOST_ROWS; }
 
 /* Lay out [outputs, inputs] as streams [inputs][STREAM], the last panel filled with zeros. In bfloat16 the two vectors
  * of a stream share words: the first has the lower halves, the second the upper. */

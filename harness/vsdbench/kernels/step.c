@@ -1,8 +1,8 @@
 /* The decode step of a small language model on a CPU: matrix products of few rows, and whole decoder layers.
  *
  * A step reads every weight once, so it can take no longer than memory does, if the products keep up: a weight is
- * loaded once and multiplied with all rows while it is in a register. Weights are laid out in panels of outputs, so
- * that a product reads memory in one stream. All layers run in one parallel region; between them threads wait for each
+ * loaded once and multiplied with all rows while it is in a register. Weights are laid out in streams of outputs, two
+ * of which are read side by side. All layers run in one parallel region; between them threads wait for each
  * other, and nothing else happens.
  *
  * Every row is computed by the same operations in the same order, however many rows there are beside it and wherever
@@ -213,30 +213,19 @@ static void score_block(const Model* model, const Call* call, int64_t cache, Wor
             these[i] = work->qkv + (int64_t)r * wide + head * width;
             scores[i] = work->scores + ((int64_t)r * model->heads + head) * work->padded + first;
         }
+#define CASE_SCORE(N)                                 \
+    case N:                                           \
+        score(N, these, work->turned, width, scores); \
+        break;
         switch (count) {
-            case 8:
-                score(8, these, work->turned, width, scores);
-                break;
-            case 7:
-                score(7, these, work->turned, width, scores);
-                break;
-            case 6:
-                score(6, these, work->turned, width, scores);
-                break;
-            case 5:
-                score(5, these, work->turned, width, scores);
-                break;
-            case 4:
-                score(4, these, work->turned, width, scores);
-                break;
-            case 3:
-                score(3, these, work->turned, width, scores);
-                break;
-            case 2:
-                score(2, these, work->turned, width, scores);
-                break;
-            default:
-                score(1, these, work->turned, width, scores);
+            CASE_SCORE(1)
+            CASE_SCORE(2)
+            CASE_SCORE(3)
+            CASE_SCORE(4)
+            CASE_SCORE(5)
+            CASE_SCORE(6)
+            CASE_SCORE(7)
+            CASE_SCORE(8)
         }
     }
 }

@@ -90,7 +90,11 @@ class FusedLayers:
             kept: Its keys are layers; the states ``[1, n, H]`` that enter them are put there.
         """
         if self.native is not None and self.native.takes(len(embedded)):
-            return self._run_native(self.native, embedded, positions, masks, cache, kept)
+            cache.room_for(len(embedded))
+            shape = self._groups, self._width
+            buffers = cache.whole("keys", shape, embedded), cache.whole("values", shape, embedded)
+            by_kind = [masks if isinstance(masks, Tensor) else masks[kind] for kind in self._kinds]
+            return self.native.run(embedded, self._turn(positions), by_kind, buffers, cache.length, kept=kept)
 
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             mask = self.mask_of(index, masks)
@@ -98,21 +102,6 @@ class FusedLayers:
             return self.attend(queries, all_keys, all_values, mask)
 
         return self.run(embedded, positions, attend, kept)
-
-    def _run_native(  # noqa: PLR0917 - those of ``__call__``
-        self,
-        native: NativeLayers,
-        embedded: Tensor,
-        positions: Tensor,
-        masks: Tensor | dict[str, Tensor],
-        cache: PreallocatedCache,
-        kept: dict[int, Tensor],
-    ) -> Tensor:
-        cache.room_for(len(embedded))
-        shape = self._groups, self._width
-        buffers = cache.whole("keys", shape, embedded), cache.whole("values", shape, embedded)
-        by_kind = [masks if isinstance(masks, Tensor) else masks[kind] for kind in self._kinds]
-        return native.run(embedded, self._turn(positions), by_kind, buffers, cache.length, kept=kept)
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[n, D]`` float32 cosines and sines of the rotary embedding, from a table of all positions."""

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
+from vsdbench.errors import ConfigError
 from vsdbench.models import onednn
 from vsdbench.paths import cache_dir
 
@@ -39,7 +40,9 @@ VARIABLE = "VSDBENCH_NATIVE"
 DTYPES = (torch.float32, torch.bfloat16)
 _SOURCES = Path(__file__).parents[1] / "kernels"
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
-_SIZES = (1, 2, 4, 8, 16, 32, 64)
+MOST_ROWS = 64
+"""Of one product, as in ``kernels/products.h``."""
+_SIZES = (1, 2, 4, 8, 16, 32, MOST_ROWS)
 _AS_GOOD = 1.02
 """What these kernels may take of the time of others and still be chosen: with them a row does not depend on others."""
 _TURNS, _CLEARLY = 6, 0.75
@@ -113,7 +116,7 @@ class Panels:
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return rows ``[n, H]`` normed by their root mean square, times ``[H]``: here if few, else by torch."""
     kernels = library()
-    if kernels is None or x.device.type != "cpu" or x.dtype not in DTYPES or not 0 < len(x) <= _SIZES[-1]:
+    if kernels is None or x.device.type != "cpu" or x.dtype not in DTYPES or not 0 < len(x) <= MOST_ROWS:
         return rms_norm(x, (x.shape[-1],), weight, eps)
     x, wide = x.contiguous(), weight.float()
     result, work = torch.empty_like(x), x.new_empty(2 * x.shape[-1], dtype=torch.float32)
@@ -141,7 +144,7 @@ def most_rows(dtype: torch.dtype) -> int:
     if kernels is None or dtype not in DTYPES:
         return 0
     if os.environ.get(VARIABLE) == "1":
-        return _SIZES[-1]
+        return MOST_ROWS
     path = _folder() / f"{_key()}-{torch.__version__}-{torch.get_num_threads()}.json"
     try:
         known: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +205,10 @@ def _seconds(function: Callable[[], None]) -> float:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get(VARIABLE) == "0":
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in {"", "0", "1"}:
+        raise ConfigError(f"{VARIABLE} is '{asked}': 0 does without kernels, 1 takes them unmeasured, unset decides.")
+    if asked == "0":
         return None, f"{VARIABLE} is 0"
     if sys.platform != "linux":
         return None, "they are compiled on Linux only"

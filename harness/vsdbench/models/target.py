@@ -353,9 +353,8 @@ class Target:
     @property
     def layers_are(self) -> str:
         """``native`` or ``fused``, or ``own`` where the model's own code runs its layers."""
-        if self.fused_layers is None:
-            return "own"
-        return "fused" if self.fused_layers.native is None else "native"
+        fused = self.fused_layers
+        return "own" if fused is None else "fused" if fused.native is None else "native"
 
     # ---- features ----
 
