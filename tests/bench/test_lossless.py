@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from vsdbench.bench.lossless import FLOAT32_ULPS, compare, is_comparable, logit_tolerance, noisy_logits
 from vsdbench.decoding.engine import DecodeSettings
-from vsdbench.decoding.sampling import SamplingParams, coupled_token, keyed_waits, target_probs
+from vsdbench.decoding.sampling import SamplingParams, coupled_token, keyed_noise, target_scores
 
 PROMPT = [7, 8, 9]
 GREEDY = DecodeSettings(max_new_tokens=8)
@@ -85,13 +84,13 @@ def test_a_missed_end_is_a_violation_without_a_gap(reference, output):
 def test_a_keyed_draw_is_the_argmax_of_the_noisy_logits(params):
     logits = 3 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     for position in range(100):
-        drawn = coupled_token(target_probs(logits, params), 9, position)
+        drawn = coupled_token(target_scores(logits, params), 9, position)
         assert int(noisy_logits(logits, params, 9, position).argmax()) == drawn
 
 
 def test_a_keyed_draw_is_measured_by_the_distance_of_noisy_logits():
     settings = coupled(seed=5)
-    noise = -np.log(keyed_waits(5, len(PROMPT) + 1, 10))
+    noise = keyed_noise(5, len(PROMPT) + 1, 10)
     drawn = int(noise.argmax())
     for token in set(range(10)) - {drawn}:
         verdict, divergence = compare(Replay([0.0] * 10), PROMPT, [3, drawn], [3, token], settings)
@@ -101,9 +100,9 @@ def test_a_keyed_draw_is_measured_by_the_distance_of_noisy_logits():
 
 def test_a_draw_between_two_that_are_as_good_as_tied_is_a_near_tie():
     settings = coupled(seed=3)
-    first, second = np.log(keyed_waits(3, len(PROMPT), 2))
+    first, second = -keyed_noise(3, len(PROMPT), 2)
     logits = [first + 1e-5, second]  # the noise makes up for the rest
-    assert coupled_token(target_probs(torch.tensor(logits), settings.sampling), 3, len(PROMPT)) == 0
+    assert coupled_token(target_scores(torch.tensor(logits), settings.sampling), 3, len(PROMPT)) == 0
     verdict, divergence = compare(Replay(logits), PROMPT, [0], [1], settings)
     assert verdict == "near_tie"
     assert divergence.gap == pytest.approx(1e-5, rel=0.05)

@@ -10,7 +10,7 @@ from vsdbench.decoding import coupling
 from vsdbench.decoding.coupling import Foresight
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
-from vsdbench.decoding.sampling import KeyedWaits, keyed_waits
+from vsdbench.decoding.sampling import KeyedNoise, keyed_noise
 from vsdbench.decoding.tree import Level
 from vsdbench_drafters.architectures.draft_model import DraftModelDrafter
 
@@ -48,15 +48,15 @@ def test_more_is_kept_than_without_the_numbers():
 
 def test_informed_log_probabilities_are_those_of_the_race():
     ids, own = torch.tensor([1, 4, 6]), torch.log_softmax(torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.0, 0.0]]), -1)
-    foresight = Foresight(KeyedWaits(5), 11, ids, 8, 0.5)
+    foresight = Foresight(KeyedNoise(5), 11, ids, 8, 0.5)
     for depth in range(3):
-        gumbel = -torch.from_numpy(keyed_waits(5, 11 + depth, 8)).log()[ids]
+        gumbel = torch.from_numpy(keyed_noise(5, 11 + depth, 8))[ids]
         expected = torch.log_softmax(own.double() / 0.5 + 0.7 * gumbel, dim=-1)
         torch.testing.assert_close(foresight.informed(own, depth), expected.float())
 
 
 def test_a_growth_is_sent_what_is_informed():
-    foresight = Foresight(KeyedWaits(0), 3, torch.arange(5), 5, 1.0)
+    foresight = Foresight(KeyedNoise(0), 3, torch.arange(5), 5, 1.0)
     seen, levels = [], [Level(torch.ones(2), torch.ones(2), 1), Level(torch.ones(2), torch.ones(2), 3)]
 
     def growing():
@@ -76,9 +76,9 @@ def test_a_growth_is_sent_what_is_informed():
 
 
 def test_numbers_that_were_passed_are_forgotten():
-    waits = KeyedWaits(3)
-    first = waits.ahead(10, 3, 6, torch.device("cpu"))
-    waits.forget(11)
-    assert sorted(waits._held) == [11, 12]
-    assert torch.equal(waits.at(11, 6, torch.device("cpu")), first[1])
-    assert waits.at(12, 6, torch.device("cpu")).tolist() == keyed_waits(3, 12, 6).tolist()
+    noise = KeyedNoise(3)
+    first = noise.ahead(10, 3, 6, torch.device("cpu"))
+    noise.forget(11)
+    assert sorted(noise._held) == [11, 12]
+    assert torch.equal(noise.at(11, 6, torch.device("cpu")), first[1])
+    assert noise.at(12, 6, torch.device("cpu")).tolist() == keyed_noise(3, 12, 6).tolist()

@@ -20,7 +20,7 @@ from vsdbench.decoding.sampling import (
     coupled_token,
     greedy_token,
     inverse_cdf,
-    keyed_waits,
+    keyed_noise,
     target_probs,
 )
 
@@ -95,45 +95,57 @@ def test_probs_are_never_narrower_than_float32(dtype):
     assert torch.equal(probs, target_probs(logits.float(), SamplingParams(temperature=0.7, top_p=0.95)))
 
 
-def test_keyed_waits_are_exponential_along_and_across_seeds():
-    table = np.array([[keyed_waits(seed, position, 1)[0] for position in range(100)] for seed in range(100)])
-    assert table.min() > 0
+def test_keyed_noise_is_gumbel_noise_along_and_across_seeds():
+    table = np.array([[keyed_noise(seed, position, 1)[0] for position in range(100)] for seed in range(100)])
     assert np.unique(table).size == table.size
-    assert stats.kstest(table.ravel(), "expon").pvalue > 1e-3
-    uniform = -np.expm1(-table)
+    assert stats.kstest(table.ravel(), "gumbel_r").pvalue > 1e-3
+    assert stats.kstest(keyed_noise(0, 0, 50_000), "gumbel_r").pvalue > 1e-3
+    uniform = np.exp(-np.exp(-table))
     for pairs in (uniform[:, 1:] - uniform[:, :-1], uniform[1:] - uniform[:-1], uniform[1:, :-1] - uniform[:-1, 1:]):
         counts = np.histogram(pairs % 1.0, bins=20, range=(0, 1))[0]  # a difference of independent uniforms, mod 1
         assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_keyed_waits_depend_on_the_key_alone():
-    assert keyed_waits(7, 3, 5).tolist() == keyed_waits(7, 3, 9)[:5].tolist()
-    assert keyed_waits(2**64 + 7, 3, 5).tolist() == keyed_waits(7, 3, 5).tolist()
-    assert keyed_waits(-1, 3, 5).tolist() == keyed_waits(2**64 - 1, 3, 5).tolist()
-    assert np.corrcoef([keyed_waits(0, position, 4000) for position in range(5)])[0, 1:].max() < 0.06
+def test_keyed_noise_depends_on_the_key_alone():
+    assert keyed_noise(7, 3, 5).tolist() == keyed_noise(7, 3, 9)[:5].tolist()
+    assert keyed_noise(2**64 + 7, 3, 5).tolist() == keyed_noise(7, 3, 5).tolist()
+    assert keyed_noise(-1, 3, 5).tolist() == keyed_noise(2**64 - 1, 3, 5).tolist()
+    assert keyed_noise(1, 0, 5).tolist() != keyed_noise(0, 1, 5).tolist()
+    assert np.corrcoef([keyed_noise(0, position, 4000) for position in range(5)])[0, 1:].max() < 0.06
+
+
+def test_keyed_noise_is_finite_whatever_was_drawn(monkeypatch):
+    class Zeros:
+        def __init__(self, generator: object) -> None: ...
+
+        def standard_exponential(self, size: int):
+            return np.zeros(size)
+
+    monkeypatch.setattr(np.random, "Generator", Zeros)
+    assert np.isfinite(keyed_noise(0, 0, 3)).all()
 
 
 def test_coupled_draws_neither_read_nor_change_global_generators():
     torch.manual_seed(1)
-    before, python_before, first = torch.get_rng_state(), random.getstate(), coupled_token(torch.ones(9), 5, 6)
+    before, python_before, first = torch.get_rng_state(), random.getstate(), coupled_token(torch.zeros(9), 5, 6)
     assert torch.equal(before, torch.get_rng_state())
     assert python_before == random.getstate()
     torch.manual_seed(2)
-    assert coupled_token(torch.ones(9), 5, 6) == first
+    assert coupled_token(torch.zeros(9), 5, 6) == first
 
 
 def test_coupled_token_follows_the_distribution_over_positions():
     probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
-    counts = np.bincount([coupled_token(probs, 11, position) for position in range(4000)], minlength=5)
+    counts = np.bincount([coupled_token(probs.log(), 11, position) for position in range(4000)], minlength=5)
     assert counts[1] == 0
     assert stats.chisquare(counts[[0, 2, 3, 4]], 4000 * probs[[0, 2, 3, 4]].numpy()).pvalue > 1e-3
 
 
-def test_a_coupled_draw_is_the_gumbel_max_draw():
+def test_a_coupled_draw_is_a_race_of_exponential_times():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for position in range(50):
-        gumbel = -torch.from_numpy(keyed_waits(3, position, 1000)).log()
-        assert coupled_token(logits.softmax(0), 3, position) == int((logits + gumbel).argmax())
+        times = np.exp(-keyed_noise(3, position, 1000)) / logits.softmax(0).numpy()
+        assert coupled_token(logits, 3, position) == int(times.argmin())
 
 
 def test_a_coupled_draw_does_not_move_with_the_rounding_of_other_probabilities():
@@ -141,15 +153,16 @@ def test_a_coupled_draw_does_not_move_with_the_rounding_of_other_probabilities()
     generator = torch.Generator().manual_seed(0)
     probs = torch.cat([torch.full((2,), 0.4), torch.full((50_000,), 0.2 / 50_000)]).double()
     nudged = probs * (1 + 1e-7 * torch.randn(len(probs), generator=generator, dtype=torch.float64))
-    assert [coupled_token(probs, 1, i) for i in range(300)] == [coupled_token(nudged, 1, i) for i in range(300)]
+    drawn = [[coupled_token(these.log(), 1, i) for i in range(300)] for these in (probs, nudged)]
+    assert drawn[0] == drawn[1]
     uniforms = np.linspace(0.801, 0.999, 300)
     assert [inverse_cdf(probs, u) for u in uniforms] != [inverse_cdf(nudged, u) for u in uniforms]
 
 
-@pytest.mark.parametrize("probs", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
-def test_a_coupled_draw_refuses_what_is_no_distribution(probs):
-    with pytest.raises(NotNumbersError, match="by its waiting time is"):
-        coupled_token(torch.tensor(probs), 0, 0)
+@pytest.mark.parametrize("scores", [[-math.inf, -math.inf], [math.nan, 1.0], [math.inf, 1.0]])
+def test_a_coupled_draw_refuses_what_are_no_numbers(scores):
+    with pytest.raises(NotNumbersError, match="The largest logit of a next token is"):
+        coupled_token(torch.tensor(scores), 0, 0)
 
 
 def test_inverse_cdf_at_the_edges():

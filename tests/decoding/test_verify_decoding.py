@@ -12,7 +12,7 @@ from tests.decoding.enumeration import Topology, paths_of
 from tests.decoding.tiny import verify
 
 from vsdbench.decoding.interfaces import TokenTree
-from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
+from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs, target_scores
 from vsdbench.errors import ConfigError
 
 # --- the real thing, by sampling ------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_plain_coupled_decoding_is_the_keyed_draw_at_its_position():
     world, params = Markov(2), SamplingParams(temperature=0.8)
     tokens = decode(world, "coupled", params, (), 5, 20)
     for position in range(1, 20):
-        assert tokens[position] == coupled_token(target_probs(world.logits[tokens[position - 1]], params), 5, position)
+        assert tokens[position] == coupled_token(target_scores(world.logits[tokens[position - 1]], params), 5, position)
     assert tokens != decode(world, "coupled", params, (), 6, 20)
 
 
@@ -199,7 +199,7 @@ def test_an_empty_tree_is_one_plain_step(rule):
     if rule == "greedy":
         assert verdict.next_token == int(world.logits[7].argmax())
     if rule == "coupled":
-        assert verdict.next_token == coupled_token(target_probs(world.logits[7], params), 0, 1)
+        assert verdict.next_token == coupled_token(target_scores(world.logits[7], params), 0, 1)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import TokenTree, TreeShape
-from vsdbench.decoding.sampling import KeyedWaits, SamplingParams
+from vsdbench.decoding.sampling import KeyedNoise, SamplingParams
 from vsdbench.decoding.verify import Case
 from vsdbench.models.device import fetch
 from vsdbench.models.target import Target
@@ -91,7 +91,7 @@ def settings(max_new_tokens=24, *, temperature=0.0, rule=None, seed=0, eos_ids=(
 
 def verify(rule, tree, logits, *, params, seed, position, generator):
     """The verdict over one tree, as the engine has it."""
-    case = Case(rule, tree, logits, params=params, waits=KeyedWaits(seed), position=position)
+    case = Case(rule, tree, logits, params=params, noise=KeyedNoise(seed), position=position)
     return case.decide(fetch(case.asked), generator)
 
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from vsdbench.errors import ConfigError
+from vsdbench.models import native
 from vsdbench.models.fused import FusedLayers
 from vsdbench.models.packed import can_pack, pack
 from vsdbench_drafters.training import slots as slots_module
@@ -55,9 +56,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def make_model(kind: str = "llama"):
+def make_model(kind: str = "llama", **changes):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32, attn_implementation="sdpa")
+    config = type(CONFIGS[kind])(**CONFIGS[kind].to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     for parameter in model.parameters():  # wide weights: no ties, and text that does not repeat itself at once
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -122,6 +124,23 @@ def test_fused_layers_say_the_same(kind, prefix, monkeypatch):
     monkeypatch.setattr(decoder, "forward", None)  # the model's own layers take no part
     found = slot_wise(model, prompts, prefix=prefix, fused=fused)
     assert [found[index].response_ids.tolist() for index in range(11)] == expected
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels")
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("prefix", [(), (5, 6, 7)], ids=["no-prefix", "prefix"])
+@pytest.mark.parametrize("most_rows", [256, 30, 3], ids=["all", "some-prompts", "no-step"])
+def test_native_layers_say_the_same(kind, prefix, most_rows, monkeypatch):
+    model, prompts = make_model(kind, head_dim=16), make_prompts(24, prefix)
+    expected = [one_by_one(model, prompt, 40, [2]) for prompt in prompts]
+    pack(model)
+    decoder = model.get_decoder()
+    fused = FusedLayers(decoder, decoder.layers, model.config)
+    monkeypatch.setattr(fused.native, "most_rows", most_rows)
+    if most_rows == 256 and not prefix:
+        monkeypatch.setattr(fused, "run", None)  # the kernels do all of it
+    found = slot_wise(model, prompts, prefix=prefix, slots=8, max_new_tokens=40, fused=fused)
+    assert [found[index].response_ids.tolist() for index in range(len(prompts))] == expected
 
 
 @pytest.mark.parametrize("slots", [1, 3, 32])

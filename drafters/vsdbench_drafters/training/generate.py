@@ -119,6 +119,8 @@ class SlotGenerator:
         self._masks = Masks(config, groups=1, name=name, dtype=model.dtype, device=self._device)
         self._columns = _up(max_prompt_tokens + max_new_tokens)
         self._cache = SlotCache(slots, self._columns, len(self._prefix), self._device)
+        self._native = None if fused is None or self._masks.slides else fused.native
+        self._pack = _PACK_TOKENS if self._native is None else min(_PACK_TOKENS, self._native.most_rows)
         self._attention = SlotAttention(self._cache)
         self._age = 0  # steps since rows were arranged
         self.num_made = 0
@@ -156,18 +158,18 @@ class SlotGenerator:
 
     def _step(self, rows: _Rows, in_use: int, *, own: bool) -> list[Response]:
         """Decode one token in every row in use; return the answers that ended with it."""
-        columns = max(group.columns for group in self._cache.groups)
+        tokens, offsets = torch.from_numpy(rows.token[:in_use].copy()), torch.from_numpy(rows.offset[:in_use].copy())
         positions = torch.from_numpy(rows.length[:in_use].copy()).to(self._device)
-        self._cache.begin_decode(positions, gathers=not own)
-        keys = torch.arange(columns, device=self._device)
-        offsets = torch.from_numpy(rows.offset[:in_use, None].copy()).to(self._device)
-        logits = self._forward(
-            torch.from_numpy(rows.token[:in_use, None].copy()),
-            positions[:, None],
-            keys,
-            keys[None, None] <= positions[:, None, None],
-            offsets,
-        )[:, -1]
+        if self._native is not None and self._native.takes(in_use):
+            every = torch.arange(in_use)
+            last = self._run_native(tokens, positions + offsets, every, torch.ones_like(every), positions)
+            logits = self._model.get_output_embeddings()(last)
+        else:
+            self._cache.begin_decode(positions, gathers=not own)
+            keys = torch.arange(max(group.columns for group in self._cache.groups), device=self._device)
+            visible = keys[None, None] <= positions[:, None, None]
+            offsets = offsets[:, None].to(self._device)
+            logits = self._forward(tokens[:, None], positions[:, None], keys, visible, offsets)[:, -1]
         at = rows.count[:in_use]
         uniforms = rows.noise[np.arange(in_use), np.minimum(at, rows.noise.shape[1] - 1)]
         picked = pick_tokens(logits, torch.from_numpy(rows.temperature[:in_use]), torch.from_numpy(uniforms))
@@ -244,6 +246,22 @@ class SlotGenerator:
         logits: Tensor = self._model.get_output_embeddings()(last.view(batch, columns, -1)[:, -1:])
         return logits
 
+    def _run_native(self, ids: Tensor, positions: Tensor, rows: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:
+        """Return the ``[T, H]`` last normed states of new tokens of some rows, which see what is before them there.
+
+        Args:
+            ids: ``[T]``, row after row.
+            positions: ``[T]``, as the model's position embedding is told them.
+            rows: ``[B]`` of the cache.
+            counts: ``[B]`` tokens of each.
+            lengths: ``[B]`` columns that each has so far.
+        """
+        assert self._fused is not None
+        embedded = self._model.get_input_embeddings()(ids)
+        storage, places = self._cache.storage(self._fused.num_layers, self._fused.shape, embedded)
+        lines = torch.stack([counts.cumsum(0) - counts, counts, lengths, *places[:, rows], rows], dim=1)
+        return self._fused.run_native(embedded, positions, None, storage, lines, kept={})
+
     # ---- filling and ordering slots ----
 
     def _refill(self, rows: _Rows, queue: Iterator[Request]) -> bool:
@@ -268,7 +286,7 @@ class SlotGenerator:
         self._read_images(rows, filled[seen])
         filled = filled[~seen]
         suffixes = [list(rows.requests[row].prompt_ids[len(self._prefix) : -1]) for row in filled]
-        for pack in packs([len(suffix) for suffix in suffixes], _PACK_TOKENS):
+        for pack in packs([len(suffix) for suffix in suffixes], self._pack):
             self._prefill([suffixes[position] for position in pack], filled[pack])
         return len(taken) < len(free)
 
@@ -310,6 +328,12 @@ class SlotGenerator:
         """Put the keys and values of the sequences, packed end to end, into their rows (None: into the prefix)."""
         lengths = [len(sequence) for sequence in sequences]
         start = 0 if filled is None else len(self._prefix)
+        if filled is not None and self._native is not None and self._native.takes(sum(lengths)):
+            ids = torch.tensor([token for sequence in sequences for token in sequence])
+            positions = torch.cat([torch.arange(start, start + length) for length in lengths])
+            counts, before = torch.tensor(lengths), torch.full((len(lengths),), start)
+            self._run_native(ids, positions, torch.from_numpy(filled), counts, before)
+            return
         owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self._device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device) + start
         visible = (owner[:, None] == owner[None]) & (positions[:, None] >= positions[None])

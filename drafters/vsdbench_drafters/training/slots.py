@@ -64,6 +64,7 @@ class SlotCache:
         self._num_prefix = prefix
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._whole: tuple[Tensor, Tensor] | None = None
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self._before = torch.zeros(slots, dtype=torch.int64, device=device)  # columns of other rows before each row
         self._columns = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -144,6 +145,27 @@ class SlotCache:
         self._target = self._places(row.expand(len(columns)), columns)
         for layer, (keys, values) in enumerate(layers):
             self._write(keys, values, layer)
+
+    def storage(self, num_layers: int, shape: tuple[int, int], like: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return keys and values of all layers ``[layers, G, S * C, D]``, and ``[2, S]`` where rows lie in a layer.
+
+        That is the first head's first element, and the elements from one head to the next.
+
+        Args:
+            num_layers: All of which have the same heads.
+            shape: Their number G, and their width D.
+            like: Of the cache's dtype.
+        """
+        heads, size = shape
+        if self._whole is None:
+            keys = like.new_zeros(num_layers, heads, self.size, size)
+            self._whole = keys, torch.zeros_like(keys)
+            for pools, whole in zip((self._keys, self._values), self._whole, strict=True):
+                for layer, part in enumerate(whole):
+                    if layer in pools:
+                        part.view(-1, size).copy_(pools[layer])
+                    pools[layer] = part.view(-1, size)
+        return self._whole, torch.stack([self._before * heads, self._columns]) * size
 
     # ---- what the model calls ----
 

@@ -141,7 +141,7 @@ class _Seen:
     """A sequence whose prompt is seen as another one (protocol ``TargetState``)."""
 
     def __init__(self, state: TargetState, other: TargetState) -> None:
-        self.tokens, self.waits = state.tokens, state.waits
+        self.tokens, self.noise = state.tokens, state.noise
         self.prompt = other.prompt
         self.features = other.features
         self.next_logits = other.next_logits

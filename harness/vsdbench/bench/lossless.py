@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vsdbench.decoding.sampling import SamplingParams, keyed_waits, target_probs
+from vsdbench.decoding.sampling import SamplingParams, keyed_noise, target_scores
 from vsdbench.models.image_prompt import followed_by
 from vsdbench.store.records import Divergence
 
@@ -94,8 +94,8 @@ def noisy_logits(logits: torch.Tensor, params: SamplingParams, seed: int, positi
         position: Of the token in the whole sequence.
     """
     plain = logits.double().cpu()
-    noise = -params.temperature * torch.from_numpy(keyed_waits(seed, position, len(plain))).log()
-    kept = target_probs(logits, params).cpu() > 0
+    noise = params.temperature * torch.from_numpy(keyed_noise(seed, position, len(plain)))
+    kept = target_scores(logits, params).cpu() > -torch.inf
     noisy = plain + noise
     best = noisy[kept].max()
     outside = best - (plain[kept].min() - plain)

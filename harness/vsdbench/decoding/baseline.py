@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from vsdbench.decoding.ending import Ending
 from vsdbench.decoding.interfaces import Generation
-from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_probs
+from vsdbench.decoding.sampling import SamplingParams, coupled_token, target_scores
 from vsdbench.errors import ConfigError
 from vsdbench.models.device import synchronize
 from vsdbench.models.image_prefill import on_device
@@ -54,8 +54,7 @@ class _CoupledDraw(LogitsProcessor):  # type: ignore[misc]
         self._seed = seed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs = target_probs(scores[0], self._params)
-        token = coupled_token(probs, self._seed, input_ids.shape[1])
+        token = coupled_token(target_scores(scores[0], self._params), self._seed, input_ids.shape[1])
         only = torch.full_like(scores, -torch.inf)
         only[0, token] = 0.0
         return only

@@ -24,7 +24,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vsdbench.decoding.sampling import KeyedWaits
+    from vsdbench.decoding.sampling import KeyedNoise
     from vsdbench.decoding.tree import Growing
 
 NOISE_WEIGHT = 0.7
@@ -35,15 +35,15 @@ class Foresight:
     """What a drafter makes of its log-probabilities when it knows the noise of the tokens to come.
 
     Args:
-        waits: The numbers of the sequence's draws.
+        noise: That of the sequence's draws.
         position: Index, in the sequence, of the token that follows the root.
         ids: ``[Vd]`` int64, the target's ids of the drafter's vocabulary.
         vocab_size: V.
         temperature: Of decoding, above 0.
     """
 
-    def __init__(self, waits: KeyedWaits, position: int, ids: Tensor, vocab_size: int, temperature: float) -> None:
-        self._waits, self._position, self._ids = waits, position, ids
+    def __init__(self, noise: KeyedNoise, position: int, ids: Tensor, vocab_size: int, temperature: float) -> None:
+        self._noise, self._position, self._ids = noise, position, ids
         self._vocab_size, self._temperature = vocab_size, temperature
 
     def informed(self, log_probs: Tensor, depth: int) -> Tensor:
@@ -53,8 +53,8 @@ class Foresight:
             log_probs: ``[..., Vd]`` float32, the drafter's own.
             depth: The same for all of them.
         """
-        waits = self._waits.at(self._position + depth, self._vocab_size, self._ids.device).index_select(0, self._ids)
-        return torch.log_softmax(log_probs / self._temperature - NOISE_WEIGHT * waits.log().float(), dim=-1)
+        noise = self._noise.at(self._position + depth, self._vocab_size, self._ids.device).index_select(0, self._ids)
+        return torch.log_softmax(log_probs / self._temperature + NOISE_WEIGHT * noise.float(), dim=-1)
 
     def growth(self, growing: Growing) -> Growing:
         """Return a growth that is sent log-probabilities as they are, and grows by informed ones."""

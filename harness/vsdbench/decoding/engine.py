@@ -26,7 +26,7 @@ from vsdbench.decoding.interfaces import (
     TreeShape,
     VerifyRule,
 )
-from vsdbench.decoding.sampling import KeyedWaits, SamplingParams
+from vsdbench.decoding.sampling import KeyedNoise, SamplingParams
 from vsdbench.decoding.tree import empty_tree
 from vsdbench.decoding.verify import Case
 from vsdbench.models.device import Mark, fetch, mark, seconds_between, synchronize
@@ -108,7 +108,7 @@ class _Sequence:
     settings: DecodeSettings
     ending: Ending
     generator: torch.Generator
-    waits: KeyedWaits
+    noise: KeyedNoise
     prefill_s: float = 0.0
     decode_s: float = 0.0
     stop: str | None = None
@@ -119,7 +119,7 @@ class _Sequence:
     def case(self, tree: TokenTree, logits: Tensor) -> Case:
         """Return what is to be decided about a tree."""
         settings, position = self.settings, len(self.state.tokens)
-        return Case(settings.rule, tree, logits, params=settings.sampling, waits=self.waits, position=position)
+        return Case(settings.rule, tree, logits, params=settings.sampling, noise=self.noise, position=position)
 
     def judge(self, case: Case, shown: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         """Return the accepted path and the tokens to commit, cut at the end of the answer."""
@@ -265,9 +265,9 @@ def _begin(  # noqa: PLR0917 - what waits, and where it goes
     started = time.perf_counter()
     state = together.prefill(prompt)
     generator = torch.Generator().manual_seed(settings.seed)
-    waits = KeyedWaits(settings.seed)
-    state.waits = waits if settings.rule == "coupled" else None
-    sequence = _Sequence(index, state, drafter, settings, ending, generator, waits)
+    noise = KeyedNoise(settings.seed)
+    state.noise = noise if settings.rule == "coupled" else None
+    sequence = _Sequence(index, state, drafter, settings, ending, generator, noise)
     [(_, first)] = _judge([sequence], [sequence.case(empty_tree(device), state.next_logits[None])])
     state.tokens += first
     drafter.begin(state, together.capacity)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vsdbench.decoding.sampling import KeyedWaits
+    from vsdbench.decoding.sampling import KeyedNoise
 
 ShapeKind = Literal["chain", "static", "dynamic", "coupled", "sampled"]
 VerifyRule = Literal["greedy", "coupled", "rejection", "traversal"]
@@ -121,7 +121,7 @@ class TargetState(Protocol):
     """``[L, H]`` what the language model was given at the prompt's tokens, images included; None for text alone."""
     image_mask: Tensor | None
     """``[L]`` bool, which of the prompt's tokens stand for images; None for text alone."""
-    waits: KeyedWaits | None
+    noise: KeyedNoise | None
     """The numbers that draw its tokens under the rule ``coupled``; None under the others."""
 
     def commit(self, path: Sequence[int], tokens: Sequence[int]) -> Tensor:

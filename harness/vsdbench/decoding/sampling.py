@@ -68,6 +68,14 @@ def target_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     Raises:
         ValueError: If the temperature is 0.
     """
+    return target_scores(logits, params).softmax(dim=-1)
+
+
+def target_scores(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Return the logarithms of ``target_probs``, but for a constant: -inf where top-k or top-p leave a token out.
+
+    Arguments, dtype and errors are those of ``target_probs``.
+    """
     if params.temperature == 0:
         raise ValueError("temperature is 0; greedy decoding has no distribution to sample from, take the argmax.")
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / params.temperature
@@ -79,26 +87,27 @@ def target_probs(logits: Tensor, params: SamplingParams) -> Tensor:
         dropped = ascending.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64) <= 1 - params.top_p
         dropped[..., -1] = False
         scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
-    return scores.softmax(dim=-1)
+    return scores
 
 
-def keyed_waits(seed: int, position: int, size: int) -> NDArray[np.float64]:
-    """Return ``[size]`` exponential waiting times (mean 1, above 0) that depend on ``seed`` and ``position`` alone.
+def keyed_noise(seed: int, position: int, size: int) -> NDArray[np.float64]:
+    """Return ``[size]`` Gumbel noise that depends on ``seed`` and ``position`` alone.
 
-    They come from a counter-based generator (Philox) that has the two as its key: the times of a position are the same
-    whatever was drawn before, and no global state is read or changed.
+    The two are the whole seed of the generator (SFC64), so the noise of a position is the same whatever was drawn
+    before, and no global state is read or changed. It is minus the logarithm of exponential numbers.
 
     Args:
         seed: Any integer; only its low 64 bits count.
         position: Index of the token in the whole sequence.
         size: How many.
 
-    >>> keyed_waits(0, 1, 3).tolist() == keyed_waits(0, 1, 3).tolist() != keyed_waits(1, 0, 3).tolist()
+    >>> keyed_noise(0, 1, 3).tolist() == keyed_noise(0, 1, 3).tolist() != keyed_noise(1, 0, 3).tolist()
     True
     """
-    key = np.array([seed & _MASK64, position], dtype=np.uint64)
-    waits = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size)
-    return np.maximum(waits, np.finfo(np.float64).tiny, out=waits)
+    key = np.random.SeedSequence((seed & _MASK64, position))
+    noise = np.random.Generator(np.random.SFC64(key)).standard_exponential(size)
+    np.maximum(noise, np.finfo(np.float64).tiny, out=noise)
+    return np.negative(np.log(noise, out=noise), out=noise)
 
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:
@@ -125,40 +134,29 @@ def inverse_cdf(probs: Tensor, uniform: float) -> int:
     return int(torch.searchsorted(cumulative, threshold, right=True))
 
 
-def coupled_token(probs: Tensor, seed: int, position: int) -> int:
-    """Return the token that ``seed`` selects at ``position`` of the sequence: the first to arrive of a race.
+def coupled_token(scores: Tensor, seed: int, position: int) -> int:
+    """Return the token that ``seed`` selects at ``position`` of the sequence: the Gumbel-max draw.
 
-    Token v arrives after ``keyed_waits[v] / probs[v]``, so it is first with probability ``probs[v]`` (the Gumbel-max
-    draw, exponentiated). The choice depends on ratios of probabilities, as the argmax does: rounding moves it only
-    where two tokens are as good as tied, never through what it does to the sum over all others.
+    The argmax of scores and noise is token v with the probability that a softmax of the scores gives it. The choice
+    depends on differences of scores, as the argmax does: rounding moves it only where two tokens are as good as tied,
+    never through what it does to the sum over all others.
 
     Args:
-        probs: ``[V]`` non-negative, not necessarily normalised, on any device.
-        seed: See ``keyed_waits``.
-        position: See ``keyed_waits``.
+        scores: ``[V]``, see ``target_scores``, on any device.
+        seed: See ``keyed_noise``.
+        position: See ``keyed_noise``.
 
     Raises:
-        NotNumbersError: The probabilities are not numbers, or are all 0.
+        NotNumbersError: The scores are not numbers, or all are -inf.
     """
-    return first_to_arrive(probs, keyed_waits(seed, position, len(probs)))
+    return noisiest(scores, keyed_noise(seed, position, len(scores)))
 
 
-def first_to_arrive(probs: Tensor, waits: NDArray[np.float64]) -> int:
-    """Return ``coupled_token`` of waiting times that are known: the token with the largest ``probs / waits``."""
-    speeds = probs.to("cpu", torch.float64).numpy() / waits
-    token = int(speeds.argmax())
-    return winner(token, float(speeds[token]))
-
-
-def winner(token: int, speed: float) -> int:
-    """Return the token that has won a race with this speed, its probability by its waiting time.
-
-    Raises:
-        NotNumbersError: It is no speed: the probabilities are not numbers, or are all 0.
-    """
-    if not (math.isfinite(speed) and speed > 0):
-        raise NotNumbersError(f"The largest probability of a next token by its waiting time is {speed}")
-    return token
+def noisiest(scores: Tensor, noise: NDArray[np.float64]) -> int:
+    """Return ``coupled_token`` of noise that is known."""
+    noisy = scores.cpu().numpy() + noise
+    token = int(noisy.argmax())
+    return best(token, float(noisy[token]))
 
 
 def greedy_token(logits: Tensor) -> int:
@@ -189,11 +187,11 @@ def best(token: int, logit: float) -> int:
     return token
 
 
-class KeyedWaits:
-    """``keyed_waits`` on a device, kept from step to step: what a step looks ahead to, the next one needs.
+class KeyedNoise:
+    """``keyed_noise`` on a device, kept from step to step: what a step looks ahead to, the next one needs.
 
     Attributes:
-        seed: See ``keyed_waits``.
+        seed: See ``keyed_noise``.
     """
 
     def __init__(self, seed: int) -> None:
@@ -201,15 +199,15 @@ class KeyedWaits:
         self._held: dict[int, Tensor] = {}
 
     def ahead(self, first: int, count: int, size: int, device: torch.device) -> Tensor:
-        """Return ``[count, size]`` float64, the waiting times of ``count`` positions from ``first`` on."""
+        """Return ``[count, size]`` float64, the noise of ``count`` positions from ``first`` on."""
         return torch.stack([self.at(position, size, device) for position in range(first, first + count)])
 
     def at(self, position: int, size: int, device: torch.device) -> Tensor:
-        """Return ``[size]`` float64, the waiting times of one position."""
+        """Return ``[size]`` float64, the noise of one position."""
         if position not in self._held:
-            self._held[position] = send(torch.from_numpy(keyed_waits(self.seed, position, size)), device)
+            self._held[position] = send(torch.from_numpy(keyed_noise(self.seed, position, size)), device)
         return self._held[position]
 
     def forget(self, before: int) -> None:
         """Drop what is held of positions that have been passed."""
-        self._held = {position: waits for position, waits in self._held.items() if position >= before}
+        self._held = {position: noise for position, noise in self._held.items() if position >= before}

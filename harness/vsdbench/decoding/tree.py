@@ -135,10 +135,10 @@ def growth(
         return _nothing(root)
     if root.shape[-1] < shape.top_k:
         shape = replace(shape, top_k=root.shape[-1])
-    if shape.kind == "coupled" and state.waits is not None:
+    if shape.kind == "coupled" and state.noise is not None:
         ids = scorer.to_target(torch.arange(root.shape[-1], device=root.device))
         position, vocab_size = len(state.tokens), state.next_logits.shape[-1]
-        foresight = Foresight(state.waits, position, ids, vocab_size, temperature)
+        foresight = Foresight(state.noise, position, ids, vocab_size, temperature)
         return foresight.growth(_grow_dynamic(scorer, foresight.informed(root, 0), shape))
     if shape.kind in {"dynamic", "coupled"}:
         return _grow_dynamic(scorer, root, shape)

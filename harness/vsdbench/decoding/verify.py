@@ -17,14 +17,14 @@ from torch import Tensor
 
 from vsdbench.decoding.interfaces import TokenTree, Verdict, VerifyRule
 from vsdbench.decoding.sampling import (
-    KeyedWaits,
+    KeyedNoise,
     SamplingParams,
     best,
-    first_to_arrive,
     greedy_token,
     inverse_cdf,
+    noisiest,
     target_probs,
-    winner,
+    target_scores,
 )
 from vsdbench.decoding.structure import Numbers, deepest, row_depths
 from vsdbench.errors import ConfigError, did_you_mean
@@ -76,7 +76,7 @@ class Case:
         tree: The proposal; with no nodes this is one step of plain decoding.
         logits: ``[N + 1, V]``, row 0 the root's, any floating dtype and device.
         params: What makes a distribution of a row of logits.
-        waits: The keyed waiting times of the sequence; ``coupled`` alone reads them.
+        noise: That of the sequence; ``coupled`` alone reads it.
         position: Index, in the whole sequence, of the token that follows the root. ``coupled`` draws the token after
             depth d with the number keyed by ``position + d``, which is what plain decoding uses for that token.
 
@@ -95,13 +95,13 @@ class Case:
         logits: Tensor,
         *,
         params: SamplingParams,
-        waits: KeyedWaits,
+        noise: KeyedNoise,
         position: int,
     ) -> None:
         _check(rule, tree, logits, params)
         self._rule, self._tree, self._logits, self._params = rule, tree, logits, params
-        self._waits, self._position = waits, position
-        waits.forget(position)
+        self._noise, self._position = noise, position
+        noise.forget(position)
         self._grown = [numbers for numbers in (tree.parents, tree.depths) if isinstance(numbers, Numbers)]
         self.asked = [tree.tokens, *(numbers.there for numbers in self._grown)]
         if not apart(logits.device):
@@ -109,9 +109,9 @@ class Case:
         if rule == "greedy":
             self.asked += logits.max(dim=-1)
         elif rule == "coupled":
-            ahead = waits.ahead(position, deepest(tree.depths) + 1, logits.shape[-1], logits.device)
+            ahead = noise.ahead(position, deepest(tree.depths) + 1, logits.shape[-1], logits.device)
             own = ahead.index_select(0, row_depths(tree.depths, logits.device))
-            self.asked += (target_probs(logits, params).double() / own).max(dim=-1)
+            self.asked += (target_scores(logits, params).double() + own).max(dim=-1)
         else:
             self.asked.append(target_probs(logits, params))
             self.asked += [] if tree.draft_probs is None else [tree.draft_probs]
@@ -146,15 +146,14 @@ class Case:
         """Return what says the target's own token after a row: from what the device found, or row by row here."""
         if rows:
             values, tokens = (found.tolist() for found in rows)
-            chosen = best if self._rule == "greedy" else winner
-            return lambda row: chosen(tokens[row], values[row])
+            return lambda row: best(tokens[row], values[row])
         if self._rule == "greedy":
             return lambda row: greedy_token(self._logits[row])
         vocab_size, device = self._logits.shape[-1], self._logits.device
 
         def draw(row: int) -> int:
-            waits = self._waits.at(self._position + step.depths[row], vocab_size, device)
-            return first_to_arrive(target_probs(self._logits[row], self._params), waits.numpy())
+            noise = self._noise.at(self._position + step.depths[row], vocab_size, device)
+            return noisiest(target_scores(self._logits[row], self._params), noise.numpy())
 
         return draw
 

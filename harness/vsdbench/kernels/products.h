@@ -7,9 +7,9 @@
 
 #include "vectors.h"
 
-#define CHUNK 48     /* inputs multiplied before the next rows: that part of a panel stays in the first cache */
-#define AHEAD 1536   /* bytes that weights are asked for in advance: hardware stops at the end of a page */
-#define MOST_ROWS 64 /* of one product; models/native.py says the same */
+#define CHUNK 48   /* inputs multiplied before the next rows: that part of a panel stays in the first cache */
+#define AHEAD 1536 /* bytes that weights are asked for in advance: hardware stops at the end of a page */
+#define TILE 24    /* rows multiplied before the next ones: their sums and that part of them stay there, too */
 
 /* A weight [outputs, inputs], laid out by `lay_out`; bias is float32 or NULL. */
 typedef struct {
@@ -112,37 +112,42 @@ INLINE Share share_of(int outputs, int thread, int threads) {
     return share;
 }
 
-/* Write the share of x [rows, inputs] times a weight, and its bias, into out [rows, outputs]. */
-static void product_share(const Weight* weight, const float* x, int64_t stride, int rows, Share share, float* out,
-                          int64_t out_stride) {
-    float tile[MOST_ROWS * PANEL] __attribute__((aligned(64)));
+/* Write x [rows, inputs], TILE rows at most, times one or two streams from the s-th on, and their bias. */
+static void product_panel(const Weight* weight, const float* x, int64_t stride, int rows, int s, int streams,
+                          float* out, int64_t out_stride) {
+    float tile[TILE * PANEL] __attribute__((aligned(64)));
     const int passes = (rows + ROWS - 1) / ROWS, step = passes > 1 ? CHUNK : weight->inputs;
     const int is_bf16 = weight->is_bf16, bytes = STREAM * (is_bf16 ? 2 : 4);
     const int64_t apart = (int64_t)weight->inputs * bytes;
-    for (int s = share.begin; s < share.end;) {
-        int streams = s + 1 < share.end ? 2 : 1;
-        for (int r = 0; r < rows; r++) memset(tile + r * PANEL, 0, 4 * (size_t)(streams * STREAM));
-        for (int i = 0; i < weight->inputs; i += step) {
-            int count = weight->inputs - i < step ? weight->inputs - i : step;
-            const char* weights = (const char*)weight->panels + s * apart + (int64_t)i * bytes;
-            for (int pass = 0; pass < passes; pass++) {
-                int r = rows * pass / passes, next = rows * (pass + 1) / passes;
-                multiply_any(next - r, streams, is_bf16, weights, apart, x + r * stride + i, stride, count,
-                             tile + r * PANEL, pass == 0 ? AHEAD : (int64_t)step * bytes);
-            }
+    for (int r = 0; r < rows; r++) memset(tile + r * PANEL, 0, 4 * (size_t)(streams * STREAM));
+    for (int i = 0; i < weight->inputs; i += step) {
+        int count = weight->inputs - i < step ? weight->inputs - i : step;
+        const char* weights = (const char*)weight->panels + s * apart + (int64_t)i * bytes;
+        for (int pass = 0; pass < passes; pass++) {
+            int r = rows * pass / passes, next = rows * (pass + 1) / passes;
+            multiply_any(next - r, streams, is_bf16, weights, apart, x + r * stride + i, stride, count,
+                         tile + r * PANEL, pass == 0 ? AHEAD : (int64_t)step * bytes);
         }
-        int from = s * STREAM,
-            count = weight->outputs - from < streams * STREAM ? weight->outputs - from : streams * STREAM;
-        for (int r = 0; r < rows; r++) {
-            float* row = out + r * out_stride + from;
-            const float* sums = tile + r * PANEL;
-            if (weight->bias)
-                for (int o = 0; o < count; o++) row[o] = sums[o] + weight->bias[from + o];
-            else
-                memcpy(row, sums, 4 * (size_t)count);
-        }
-        s += streams;
     }
+    int from = s * STREAM,
+        count = weight->outputs - from < streams * STREAM ? weight->outputs - from : streams * STREAM;
+    for (int r = 0; r < rows; r++) {
+        float* row = out + r * out_stride + from;
+        const float* sums = tile + r * PANEL;
+        if (weight->bias)
+            for (int o = 0; o < count; o++) row[o] = sums[o] + weight->bias[from + o];
+        else
+            memcpy(row, sums, 4 * (size_t)count);
+    }
+}
+
+/* Write the share of x [rows, inputs] times a weight, and its bias, into out [rows, outputs]. */
+static void product_share(const Weight* weight, const float* x, int64_t stride, int rows, Share share, float* out,
+                          int64_t out_stride) {
+    for (int s = share.begin; s < share.end; s += 2)
+        for (int r = 0; r < rows; r += TILE)
+            product_panel(weight, x + r * stride, stride, rows - r < TILE ? rows - r : TILE, s,
+                          s + 1 < share.end ? 2 : 1, out + r * out_stride, out_stride);
 }
 
 INLINE int end_of(Share share, int outputs) { return share.end * STREAM < outputs ? share.end * STREAM : outputs; }

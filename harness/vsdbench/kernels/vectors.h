@@ -67,12 +67,15 @@ static void write_row(void* base, int64_t index, int count, int is_bf16, const f
     for (int i = 0; i < count; i++) ((uint16_t*)base)[index + i] = to_bf16(row[i]);
 }
 
+INLINE vec larger(vec a, vec b) {
+    ints above = a > b;
+    return (vec)(((ints)a & above) | ((ints)b & ~above));
+}
+
 /* e to the power of x: 2 to a whole number by its exponent bits, the rest by a polynomial; off by 2 units at most. */
 INLINE vec exponential(vec x) {
     const vec low = (vec){} - 87.0f, high = (vec){} + 88.0f;
-    ints below = x<low, above = x> high;
-    x = (vec)(((ints)x & ~below) | ((ints)low & below));
-    x = (vec)(((ints)x & ~above) | ((ints)high & above));
+    x = -larger(-high, -larger(x, low));
     const vec shift = (vec){} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     vec whole = (x * 1.44269504088896341f + shift) - shift;
     vec rest = x - whole * 0.693359375f;

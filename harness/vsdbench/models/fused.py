@@ -93,8 +93,7 @@ class FusedLayers:
             cache.room_for(len(embedded))
             shape = self._groups, self._width
             buffers = cache.whole("keys", shape, embedded), cache.whole("values", shape, embedded)
-            by_kind = [masks if isinstance(masks, Tensor) else masks[kind] for kind in self._kinds]
-            return self.native.run(embedded, self._turn(positions), by_kind, buffers, cache.length, kept=kept)
+            return self.run_native(embedded, positions, masks, buffers, cache.length, kept=kept)
 
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             mask = self.mask_of(index, masks)
@@ -102,6 +101,31 @@ class FusedLayers:
             return self.attend(queries, all_keys, all_values, mask)
 
         return self.run(embedded, positions, attend, kept)
+
+    def run_native(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        masks: Tensor | dict[str, Tensor] | None,
+        cache: tuple[Tensor, Tensor],
+        sequences: int | Tensor,
+        *,
+        kept: dict[int, Tensor],
+    ) -> Tensor:
+        """Return what ``__call__`` does, by ``native``, for one sequence or several (see ``NativeLayers.run``)."""
+        assert self.native is not None
+        by_kind = [masks[kind] if isinstance(masks, dict) else masks for kind in self._kinds]
+        return self.native.run(embedded, self._turn(positions), by_kind, cache, sequences, kept=kept)
+
+    @property
+    def num_layers(self) -> int:
+        """How many."""
+        return len(self._layers)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Key-value heads and width of a head, of every layer."""
+        return self._groups, self._width
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[n, D]`` float32 cosines and sines of the rotary embedding, from a table of all positions."""

@@ -62,6 +62,9 @@ class Masks:
         dtype: Of the masks.
         device: Where they are wanted.
 
+    Attributes:
+        slides: Whether some layers see the newest keys alone.
+
     Raises:
         ConfigError: Some layers attend in a way that cannot verify a tree.
     """
@@ -76,7 +79,7 @@ class Masks:
                 "use a target whose layers are all of full or sliding attention."
             )
         self._groups, self._dtype, self._device = groups, dtype, device
-        self._slides = self.window is not None and (not self._layer_types or "sliding_attention" in self._layer_types)
+        self.slides = self.window is not None and (not self._layer_types or "sliding_attention" in self._layer_types)
         self._tree = ContextMask(dtype, device)
 
     def of(self, positions: Tensor, visible: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
@@ -87,7 +90,7 @@ class Masks:
             visible: ``[n, K]`` bool: which keys each token attends to.
             key_positions: ``[K]`` positions of the keys, for sliding windows.
         """
-        if self.window is None or not self._slides:
+        if self.window is None or not self.slides:
             return self._of_types(self._additive(visible))
         windowed = self._additive(visible & (positions[..., None] - key_positions[..., None, :] < self.window))
         if not self._layer_types:  # Mistral: every layer slides
@@ -107,7 +110,7 @@ class Masks:
             committed: C, all of which every row sees.
         """
         among = ancestor_mask(parents, self._device)
-        if self._slides:
+        if self.slides:
             visible = torch.cat([among.new_ones(len(among), committed), among], dim=1)
             return self.of(positions, visible, torch.cat([torch.arange(committed, device=self._device), positions]))
         last = self._additive(among)[0, 0]

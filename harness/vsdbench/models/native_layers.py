@@ -50,16 +50,28 @@ class _Model(ctypes.Structure):
     )
 
 
+class SequenceRows(ctypes.Structure):
+    """Some rows of a call that are of one sequence, and where its keys and values are.
+
+    ``first`` row and ``count`` of rows; ``length``, keys so far; in elements, ``place``, the first head's first key
+    from the start of a layer, and ``head_stride``, from one head's to the next; ``mask_row``, the first row's in the
+    masks.
+    """
+
+    _fields_ = tuple((name, _LONG) for name in ("first", "count", "length", "place", "head_stride", "mask_row"))
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("embedded", "entered", "cos", "sin")),
         ("masks", _POINTER * _MOST_MASKS),
         ("mask_strides", _LONG * _MOST_MASKS),
         *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _LONG) for name in ("layer_stride", "head_stride")),
+        ("layer_stride", _LONG),
+        ("sequences", _POINTER),
         ("kept", _POINTER * _MOST_KEPT),
         *((name, _POINTER) for name in ("out", "last", "work")),
-        *((name, _NUMBER) for name in ("rows", "length", "threads")),
+        *((name, _NUMBER) for name in ("rows", "num_sequences", "threads")),
     )
 
 
@@ -111,6 +123,9 @@ class NativeLayers:
         dimensions: Their sizes.
         masks: Which of a call's masks each attends by.
         last_norm: ``[H]`` of what follows the last layer, if it is wanted.
+
+    Attributes:
+        most_rows: Of one call.
     """
 
     def __init__(
@@ -123,7 +138,7 @@ class NativeLayers:
         last_norm: Tensor | None = None,
     ) -> None:
         self._library = library
-        self._most_rows = native.most_rows(dimensions.dtype)
+        self.most_rows = native.most_rows(dimensions.dtype)
         self._alive: list[Tensor] = []  # what the structures point to
         self._structs = (_Layer * len(layers))()
         for struct, layer, mask in zip(self._structs, layers, masks, strict=True):
@@ -150,13 +165,14 @@ class NativeLayers:
             is_bf16=int(dimensions.dtype is torch.bfloat16),
         )
         self._call = _Call()
+        self._alone = SequenceRows()
         self._addresses = ctypes.addressof(self._model), ctypes.addressof(self._call)
         self._kept: tuple[int, ...] = ()
         self._work = torch.empty(0)
 
     def takes(self, count: int) -> bool:
         """Whether so many rows are run here."""
-        return 0 < count <= self._most_rows
+        return 0 < count <= self.most_rows
 
     def run(
         self,
@@ -164,7 +180,7 @@ class NativeLayers:
         turns: tuple[Tensor, Tensor],
         masks: Sequence[Tensor | None],
         cache: tuple[Tensor, Tensor],
-        length: int,
+        sequences: int | Tensor,
         *,
         kept: dict[int, Tensor] | None = None,
         entered: Tensor | None = None,
@@ -174,9 +190,11 @@ class NativeLayers:
         Args:
             residual: ``[n, H]`` what enters the first layer.
             turns: ``[n, D]`` float32 cosines and sines of the rotary embedding.
-            masks: Additive ``[..., n or more, K]`` of the states' dtype, 0 where a key is seen; None: all are.
+            masks: Additive ``[..., n or more, K]`` of the states' dtype, 0 where a key is seen; None: each row sees all
+                keys before its own, and that.
             cache: Keys and values ``[..., G, C, D]``, of all layers where there are several.
-            length: Their rows that are in use; new ones come behind them.
+            sequences: Rows of the cache that are in use, new ones come behind them; or of several sequences, whose
+                keys lie in the same tensors, ``[B, 6]`` int64 on the host, ``SequenceRows`` each.
             kept: Its keys are layers; the states ``[1, n, H]`` that enter them are put there.
             entered: ``[n, W]`` what enters the attention of a layer that has no norm.
         """
@@ -198,9 +216,16 @@ class NativeLayers:
         call.out, call.last = (None, last) if self._model.last_norm else (last, None)
         call.cos, call.sin = cos.data_ptr(), sin.data_ptr()
         call.keys, call.values = (part.data_ptr() for part in cache)
-        call.layer_stride, call.head_stride = cache[0].stride(0), cache[0].stride(-3)
-        call.rows, call.length, call.threads = count, length, torch.get_num_threads()
-        size = self._library.workspace(self._addresses[0], count, length, call.threads)
+        call.layer_stride = cache[0].stride(0)
+        if isinstance(sequences, int):
+            alone = self._alone
+            alone.count, alone.length, alone.head_stride = count, sequences, cache[0].stride(-3)
+            call.sequences, call.num_sequences = ctypes.addressof(alone), 1
+        else:
+            sequences = sequences.contiguous()
+            call.sequences, call.num_sequences = sequences.data_ptr(), len(sequences)
+        call.rows, call.threads = count, torch.get_num_threads()
+        size = self._library.workspace(*self._addresses)
         if len(self._work) < size:
             self._work = torch.empty(2 * size)
         call.work = self._work.data_ptr()

@@ -12,7 +12,7 @@ from vsdbench.models.device import send_numbers
 from vsdbench.models.kv_cache import PreallocatedCache
 
 if TYPE_CHECKING:
-    from vsdbench.decoding.sampling import KeyedWaits
+    from vsdbench.decoding.sampling import KeyedNoise
 
 
 class SequenceState:
@@ -26,7 +26,7 @@ class SequenceState:
         self.next_logits = torch.empty(0)
         self.embeddings: Tensor | None = None
         self.image_mask: Tensor | None = None
-        self.waits: KeyedWaits | None = None
+        self.noise: KeyedNoise | None = None
         self._newest = torch.empty(0, dtype=torch.int64)  # the last of the first ``_num_tokens`` tokens
         self._num_tokens = 0
         self.position_offset = 0

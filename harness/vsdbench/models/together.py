@@ -176,11 +176,23 @@ class _Rows:
         """Return what the target's ``FusedLayers`` do, with the attention of this file."""
         fused = self._target.fused_layers
         assert fused is not None
+        if fused.native is not None and fused.native.takes(len(embedded)):
+            buffers = self._pool.buffers["keys", *fused.shape], self._pool.buffers["values", *fused.shape]
+            return fused.run_native(embedded, positions, masks, buffers, self._lines(masks, buffers[0]), kept=kept)
 
         def attend(index: int, *parts: Tensor) -> Tensor:
             return self.attend(index, parts, fused.mask_of(index, masks), fused.scaling)
 
         return fused.run(embedded, positions, attend, kept)
+
+    def _lines(self, masks: Tensor | dict[str, Tensor], buffer: Tensor) -> Tensor:
+        """Return ``SequenceRows`` ``[B, 6]``."""
+        mask = next(iter(masks.values())) if isinstance(masks, dict) else masks
+        counts = torch.tensor(self.counts)
+        place = torch.arange(len(counts))
+        head_stride = torch.full_like(place, buffer.stride(2))
+        parts = counts.cumsum(0) - counts, counts, torch.tensor(self._committed), place * buffer.stride(1), head_stride
+        return torch.stack([*parts, place * mask.shape[-2]], dim=1)
 
     def attend(self, layer: int, parts: Sequence[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
         """Return ``[T, A * D]``; the T keys and values are written into the caches first.
