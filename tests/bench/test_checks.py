@@ -8,6 +8,7 @@ import pytest
 
 from vsdbench.bench import checks, paired
 from vsdbench.bench.summary import summarise
+from vsdbench.errors import GateError
 from vsdbench.store.frames import to_frames
 
 
@@ -167,3 +168,17 @@ def test_the_line_under_the_table(make_run):
     assert "at T = 0; " in line
     assert line.endswith("at T = 1.")
     assert checks.detectable_line(summarise(make_run(num_prompts=1), num_resamples=50)) is None
+
+
+@pytest.mark.parametrize("verdict", ["equal", "near_tie", "violation"])
+def test_a_baseline_that_answers_something_else_fails_the_run(make_record, verdict):
+    records = repeated(make_record, np.ones(3), np.ones(3), names=("autoregressive",))
+    gap = {"index": 2, "gap": 1.0, "kind": verdict, "reference_token": 1, "token": 2} if verdict != "equal" else None
+    fields = {"method": "hf-generate", "kind": "baseline", "lossless": verdict, "divergence": gap}
+    records += [make_record(prompt_id=f"p{i}", repeat=repeat, **fields) for i in range(3) for repeat in range(2)]
+    summary = summarise(records)
+    if verdict != "violation":
+        checks.enforce([summary], strict=True)
+        return
+    with pytest.raises(GateError, match="6 answers of 'hf-generate' differ from plain decoding's"):
+        checks.enforce([summary], strict=False)

@@ -3,7 +3,8 @@
 A fixed number of slots decodes in step. A slot whose answer ends is given the next prompt at once, so no row idles
 until the longest answer of a batch is done. The cache is allocated once. Rows are kept sorted by length in groups,
 each dense and only as wide as its longest row needs; one query a row is then two batched products a group, as fast as
-fused attention or faster (``docs/log.md``). Prompts are prefilled packed, without padding, their shared prefix once.
+fused attention or faster (``docs/log.md``). Native kernels read rows as they lie, so with these they stay where they
+are. Prompts are prefilled packed, without padding, their shared prefix once.
 
 The model is the stock transformers one, or the target's fused layers in its place. Prompts with images are read by the
 target, and their keys and values take their places in the rows.
@@ -120,6 +121,7 @@ class SlotGenerator:
         self._columns = _up(max_prompt_tokens + max_new_tokens)
         self._cache = SlotCache(slots, self._columns, len(self._prefix), self._device)
         self._native = None if fused is None or self._masks.slides else fused.native
+        self._in_place = self._native is not None and self._native.takes(slots)
         self._pack = _PACK_TOKENS if self._native is None else min(_PACK_TOKENS, self._native.most_rows)
         self._attention = SlotAttention(self._cache)
         self._age = 0  # steps since rows were arranged
@@ -148,7 +150,7 @@ class SlotGenerator:
                 if exhausted and num_active <= 0.75 * in_use:
                     in_use = num_active
                     self._arrange(rows, in_use)
-                elif self._age >= _ARRANGE_EVERY:
+                elif self._age >= _ARRANGE_EVERY and not self._in_place:
                     self._arrange(rows, in_use)
                 self._age += 1
                 finished = self._step(rows, in_use, own=own)
@@ -362,7 +364,8 @@ class SlotGenerator:
         for first in range(0, in_use, self._group):
             end = min(first + self._group, in_use)
             group = Group(first, end, 0, offset)
-            group = replace(group, columns=min(_up(self._needed(rows, group, _ARRANGE_EVERY)), self._columns))
+            needed = self._columns if self._in_place else _up(self._needed(rows, group, _ARRANGE_EVERY))
+            group = replace(group, columns=min(needed, self._columns))
             groups.append(group)
             offset += (end - first) * group.columns
         kept = torch.from_numpy(order[:in_use]).to(self._device)

@@ -74,7 +74,7 @@ def enforce(summaries: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
         strict: Whether an A/A control that does not hold 1 is a failure.
 
     Raises:
-        GateError: Says how many answers violate, or which control does not hold.
+        GateError: Says how many answers violate, a drafter's or the other baseline's, or which control does not hold.
     """
     judged = [row for summary in summaries for row in summary["results"] if row["category"] is None]
     judged += [row for summary in summaries for row in summary.get("batches", [])]
@@ -84,6 +84,13 @@ def enforce(summaries: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
             f"{violations} answers differ from the baseline's by more than rounding explains: the speedups above are "
             "not lossless; see the divergences in the run's records, and repeat with --dtype fp32."
         )
+    for baseline in (baseline for summary in summaries for baseline in summary["baselines"]):
+        if violations := baseline["lossless"]["violations"]:
+            raise GateError(
+                f"{violations} answers of '{baseline['name']}' differ from plain decoding's by more than rounding "
+                "explains, so one of the two does not decode this target as it should: nothing above can be trusted; "
+                "see the divergences in the run's records, and repeat with --dtype fp32."
+            )
     noisy = [sentence for summary in summaries for sentence in noise(summary)]
     if strict and noisy:
         raise GateError(f"{noisy[0]} (The records are kept.)")

@@ -144,7 +144,8 @@ def _add_mode(summary: Summary, records: pd.DataFrame, steps: pd.DataFrame, boot
     baselines = dict(list(records[records["kind"] == "baseline"].groupby("method", sort=False)))
     throughput = {name: metrics.tokens_per_s(rows) for name, rows in baselines.items()}
     for name, value in throughput.items():
-        summary["baselines"].append({"name": name, **context, "tokens_per_s": value})
+        lossless = metrics.lossless_counts(baselines[name])
+        summary["baselines"].append({"name": name, **context, "tokens_per_s": value, "lossless": lossless})
     summary["minimum_detectable_effect"].append(context | checks.detectable(records, steps))
     timed = {name: value for name, value in throughput.items() if value is not None}
     fastest = max(timed, key=lambda name: timed[name]) if timed else None
