@@ -155,7 +155,7 @@ def test_a_warm_start_is_of_the_same_architecture(write, tmp_path):
     [
         ("eagle3-ce-quickstart", "0e1e2138df9d6c42"),
         ("eagle3-kl-quickstart", "d379f037c1f38b52"),
-        ("eagle3-kl-hour", "f5e461cdf49b2713"),
+        ("eagle3-kl-hour", "93823e3ebc2317f8"),
         ("eagle3-kl-grounded", "f795ac74f32e111b"),
     ],
 )

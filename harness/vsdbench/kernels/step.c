@@ -3,7 +3,7 @@
  * A step reads every weight once, so it can take no longer than memory does, if the products keep up: a weight is
  * loaded once and multiplied with all rows while it is in a register. Weights are laid out in streams of outputs, two
  * of which are read side by side. All layers run in one parallel region; between them threads wait for each
- * other, and nothing else happens.
+ * other, and nothing else happens. The rows of a call may be of several sequences, each with keys of its own.
  *
  * Every row is computed by the same operations in the same order, however many rows there are beside it and wherever
  * its keys lie in the cache. So a token verified within a tree has the logits, bit by bit, that it has when it is
