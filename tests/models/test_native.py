@@ -151,6 +151,7 @@ def error(ours, theirs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_the_fused_ones(family, dtype):
     ours, theirs = build(family, dtype), without(build(family, dtype))
+    ours.fused_layers.native.most_rows = len(PROMPT) - 1  # it is read alike: kernels round less often
     states = [begun(ours), begun(theirs)]
     for path in ([], [0, 1], [3]):  # the cache behind a commit too
         if path:
