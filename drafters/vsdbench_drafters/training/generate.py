@@ -120,8 +120,8 @@ class SlotGenerator:
         self._masks = Masks(config, groups=1, name=name, dtype=model.dtype, device=self._device)
         self._columns = _up(max_prompt_tokens + max_new_tokens)
         self._cache = SlotCache(slots, self._columns, len(self._prefix), self._device)
-        self._native = None if fused is None or self._masks.slides else fused.native
-        self._in_place = self._native is not None and self._native.takes(slots)
+        native = None if fused is None or self._masks.slides else fused.native
+        self._native = native if native is not None and native.takes(slots) else None
         self._pack = _PACK_TOKENS if self._native is None else min(_PACK_TOKENS, self._native.most_rows)
         self._attention = SlotAttention(self._cache)
         self._age = 0  # steps since rows were arranged
@@ -150,7 +150,7 @@ class SlotGenerator:
                 if exhausted and num_active <= 0.75 * in_use:
                     in_use = num_active
                     self._arrange(rows, in_use)
-                elif self._age >= _ARRANGE_EVERY and not self._in_place:
+                elif self._age >= _ARRANGE_EVERY and self._native is None:
                     self._arrange(rows, in_use)
                 self._age += 1
                 finished = self._step(rows, in_use, own=own)
@@ -162,7 +162,7 @@ class SlotGenerator:
         """Decode one token in every row in use; return the answers that ended with it."""
         tokens, offsets = torch.from_numpy(rows.token[:in_use].copy()), torch.from_numpy(rows.offset[:in_use].copy())
         positions = torch.from_numpy(rows.length[:in_use].copy()).to(self._device)
-        if self._native is not None and self._native.takes(in_use):
+        if self._native is not None:
             every = torch.arange(in_use)
             last = self._run_native(tokens, positions + offsets, every, torch.ones_like(every), positions)
             logits = self._model.get_output_embeddings()(last)
@@ -364,7 +364,7 @@ class SlotGenerator:
         for first in range(0, in_use, self._group):
             end = min(first + self._group, in_use)
             group = Group(first, end, 0, offset)
-            needed = self._columns if self._in_place else _up(self._needed(rows, group, _ARRANGE_EVERY))
+            needed = self._columns if self._native is not None else _up(self._needed(rows, group, _ARRANGE_EVERY))
             group = replace(group, columns=min(needed, self._columns))
             groups.append(group)
             offset += (end - first) * group.columns
