@@ -27,6 +27,7 @@ from torch import Tensor
 from vsdbench.models.fused import FusedLayers
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.masks import Masks
+from vsdbench.models.native_layers import sequence_rows
 from vsdbench.models.reading import packs
 from vsdbench_drafters.training.answers import Request, Response, StopReason, ends_in_loop
 from vsdbench_drafters.training.sampling import pick_tokens
@@ -261,7 +262,7 @@ class SlotGenerator:
         assert self._fused is not None
         embedded = self._model.get_input_embeddings()(ids)
         storage, places = self._cache.storage(self._fused.num_layers, self._fused.shape, embedded)
-        lines = torch.stack([counts.cumsum(0) - counts, counts, lengths, *places[:, rows], rows], dim=1)
+        lines = sequence_rows(counts, lengths, places[0, rows], places[1, rows], rows)
         return self._fused.run_native(embedded, positions, None, storage, lines, kept={})
 
     # ---- filling and ordering slots ----

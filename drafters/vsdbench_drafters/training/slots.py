@@ -147,7 +147,7 @@ class SlotCache:
             self._write(keys, values, layer)
 
     def storage(self, num_layers: int, shape: tuple[int, int], like: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return keys and values of all layers ``[layers, G, S * C, D]``, and ``[2, S]`` where rows lie in a layer.
+        """Return keys and values of all layers ``[layers, S * C * G, D]``, and ``[2, S]`` where rows lie in a layer.
 
         That is the first head's first element, and the elements from one head to the next.
 
@@ -158,13 +158,13 @@ class SlotCache:
         """
         heads, size = shape
         if self._whole is None:
-            keys = like.new_zeros(num_layers, heads, self.size, size)
+            keys = like.new_zeros(num_layers, self.size * heads, size)
             self._whole = keys, torch.zeros_like(keys)
             for pools, whole in zip((self._keys, self._values), self._whole, strict=True):
                 for layer, part in enumerate(whole):
                     if layer in pools:
-                        part.view(-1, size).copy_(pools[layer])
-                    pools[layer] = part.view(-1, size)
+                        part.copy_(pools[layer])
+                    pools[layer] = part
         return self._whole, torch.stack([self._before * heads, self._columns]) * size
 
     # ---- what the model calls ----

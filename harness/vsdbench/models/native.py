@@ -46,7 +46,8 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, MOST_ROWS)
 _NORM_ROWS = 64
 """Rows up to which a norm is computed here, by one thread."""
 _AS_GOOD = 1.1
-"""What these kernels may take of the time of others and still be chosen: with them a row does not depend on others."""
+"""What these kernels may take of the time of others and still be chosen: layers in one call save more than that between
+their products, and a row does not depend on others."""
 _TURNS, _CLEARLY = 6, 0.75
 """Turns of a measurement, and the share of others' time that needs no more of them."""
 _OPERATIONS = {"": 0, "add": 1, "mul": 2}

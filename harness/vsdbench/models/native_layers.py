@@ -61,6 +61,11 @@ class SequenceRows(ctypes.Structure):
     _fields_ = tuple((name, _LONG) for name in ("first", "count", "length", "place", "head_stride", "mask_row"))
 
 
+def sequence_rows(counts: Tensor, lengths: Tensor, places: Tensor, head_strides: Tensor, mask_rows: Tensor) -> Tensor:
+    """Return ``SequenceRows`` ``[B, 6]`` of sequences whose rows follow one another; arguments are ``[B]`` int64."""
+    return torch.stack([counts.cumsum(0) - counts, counts, lengths, places, head_strides, mask_rows], dim=1)
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("embedded", "entered", "cos", "sin")),
@@ -194,7 +199,7 @@ class NativeLayers:
                 keys before its own, and that.
             cache: Keys and values ``[..., G, C, D]``, of all layers where there are several.
             sequences: Rows of the cache that are in use, new ones come behind them; or of several sequences, whose
-                keys lie in the same tensors, ``[B, 6]`` int64 on the host, ``SequenceRows`` each.
+                keys lie in the same tensors, what ``sequence_rows`` returns, on the host.
             kept: Its keys are layers; the states ``[1, n, H]`` that enter them are put there.
             entered: ``[n, W]`` what enters the attention of a layer that has no norm.
         """

@@ -26,6 +26,7 @@ from vsdbench.errors import ConfigError
 from vsdbench.models import attention
 from vsdbench.models.device import send_numbers
 from vsdbench.models.kv_cache import CachePool, PooledCache
+from vsdbench.models.native_layers import sequence_rows
 
 if TYPE_CHECKING:
     from vsdbench.models.state import SequenceState
@@ -186,13 +187,13 @@ class _Rows:
         return fused.run(embedded, positions, attend, kept)
 
     def _lines(self, masks: Tensor | dict[str, Tensor], buffer: Tensor) -> Tensor:
-        """Return ``SequenceRows`` ``[B, 6]``."""
+        """Return where rows, keys and masks of the sequences are."""
         mask = next(iter(masks.values())) if isinstance(masks, dict) else masks
-        counts = torch.tensor(self.counts)
-        place = torch.arange(len(counts))
-        head_stride = torch.full_like(place, buffer.stride(2))
-        parts = counts.cumsum(0) - counts, counts, torch.tensor(self._committed), place * buffer.stride(1), head_stride
-        return torch.stack([*parts, place * mask.shape[-2]], dim=1)
+        slots, lengths = torch.arange(len(self.counts)), torch.tensor(self._committed)
+        strides = torch.full_like(slots, buffer.stride(2))
+        return sequence_rows(
+            torch.tensor(self.counts), lengths, slots * buffer.stride(1), strides, slots * mask.shape[-2]
+        )
 
     def attend(self, layer: int, parts: Sequence[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
         """Return ``[T, A * D]``; the T keys and values are written into the caches first.
