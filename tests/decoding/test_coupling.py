@@ -76,9 +76,12 @@ def test_a_growth_is_sent_what_is_informed():
 
 
 def test_numbers_that_were_passed_are_forgotten():
-    noise = KeyedNoise(3)
-    first = noise.ahead(10, 3, 6, torch.device("cpu"))
+    noise, cpu = KeyedNoise(3), torch.device("cpu")
+    first, tokens = noise.ahead(10, 3, 6, cpu), torch.tensor([4, 1])
+    held = noise.uniforms(11, 6)
     noise.forget(11)
-    assert sorted(noise._held) == [11, 12]
-    assert torch.equal(noise.at(11, 6, torch.device("cpu")), first[1])
-    assert noise.at(12, 6, torch.device("cpu")).tolist() == keyed_noise(3, 12, 6).tolist()
+    assert noise.uniforms(11, 6) is held
+    assert noise.uniforms(10, 6) is not held
+    assert torch.equal(noise.ahead(11, 1, 6, cpu)[0], first[1])
+    assert noise.ahead(12, 1, 6, cpu)[0].tolist() == keyed_noise(3, 12, 6).tolist()
+    torch.testing.assert_close(noise.at(12, 6, tokens), torch.from_numpy(keyed_noise(3, 12, 6)[[4, 1]]).float())

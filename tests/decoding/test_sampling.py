@@ -17,10 +17,12 @@ from transformers.generation.logits_process import (
 from vsdbench.decoding.sampling import (
     NotNumbersError,
     SamplingParams,
+    Uniforms,
     coupled_token,
     greedy_token,
     inverse_cdf,
     keyed_noise,
+    noisiest,
     target_probs,
 )
 
@@ -95,6 +97,13 @@ def test_probs_are_never_narrower_than_float32(dtype):
     assert torch.equal(probs, target_probs(logits.float(), SamplingParams(temperature=0.7, top_p=0.95)))
 
 
+def given_bits(bits):
+    """Numbers that begin with these bits, whatever the generator says."""
+    uniforms = Uniforms(0, 0, len(bits))
+    uniforms.high = np.array(bits, dtype=np.uint32)
+    return uniforms
+
+
 def test_keyed_noise_is_gumbel_noise_along_and_across_seeds():
     table = np.array([[keyed_noise(seed, position, 1)[0] for position in range(100)] for seed in range(100)])
     assert np.unique(table).size == table.size
@@ -114,15 +123,25 @@ def test_keyed_noise_depends_on_the_key_alone():
     assert np.corrcoef([keyed_noise(0, position, 4000) for position in range(5)])[0, 1:].max() < 0.06
 
 
-def test_keyed_noise_is_finite_whatever_was_drawn(monkeypatch):
-    class Zeros:
-        def __init__(self, generator: object) -> None: ...
+def test_numbers_are_those_of_their_bits_and_noise_is_finite():
+    uniforms = given_bits([0, 1, 2**31, 2**32 - 1])
+    numbers, noise = uniforms.at(), uniforms.noise()
+    assert (np.floor(numbers * 2.0**32) == uniforms.high).all()
+    assert 0 < numbers.min() < numbers.max() < 1
+    assert np.isfinite(noise).all()
+    assert noise.tolist() == sorted(noise.tolist(), reverse=True)
+    assert uniforms.at(np.array([3, 1])).tolist() == numbers[[3, 1]].tolist()
+    assert np.isfinite(uniforms.rough_noise(np.arange(4))).all()
+    np.testing.assert_allclose(Uniforms(1, 2, 999).rough_noise(np.arange(999)), keyed_noise(1, 2, 999), atol=1e-3)
 
-        def standard_exponential(self, size: int):
-            return np.zeros(size)
 
-    monkeypatch.setattr(np.random, "Generator", Zeros)
-    assert np.isfinite(keyed_noise(0, 0, 3)).all()
+def test_bits_behind_the_first_are_uniform_and_of_their_own():
+    uniforms = Uniforms(3, 4, 50_000)
+    low = np.mod(uniforms.at() * 2.0**32, 1.0)
+    assert stats.kstest(low, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(low, uniforms.high)[0, 1]) < 0.02
+    assert abs(np.corrcoef(low, np.mod(Uniforms(3, 5, 50_000).at() * 2.0**32, 1.0))[0, 1]) < 0.02
+    assert abs(np.corrcoef(low[1:], low[:-1])[0, 1]) < 0.02
 
 
 def test_coupled_draws_neither_read_nor_change_global_generators():
@@ -141,11 +160,31 @@ def test_coupled_token_follows_the_distribution_over_positions():
     assert stats.chisquare(counts[[0, 2, 3, 4]], 4000 * probs[[0, 2, 3, 4]].numpy()).pvalue > 1e-3
 
 
-def test_a_coupled_draw_is_a_race_of_exponential_times():
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0, 40.0])
+def test_a_coupled_draw_is_a_race_of_exponential_times(dtype, spread):
+    """Only a few of the times are computed, which must not change who is first."""
+    generator = torch.Generator().manual_seed(0)
     for position in range(50):
-        times = np.exp(-keyed_noise(3, position, 1000)) / logits.softmax(0).numpy()
+        logits = spread * torch.randn(1000, generator=generator, dtype=dtype)
+        logits[position::7] = -math.inf
+        times = np.exp(-keyed_noise(3, position, 1000)) / logits.double().softmax(0).clamp_min(1e-300).numpy()
         assert coupled_token(logits, 3, position) == int(times.argmin())
+
+
+@pytest.mark.parametrize(
+    ("bits", "winner"),
+    [
+        ([2**31] * 4, 0),
+        ([2**31, 0, 2**31, 2**31], 1),
+        ([2**32 - 1, 0, 2**31, 2**31], 1),
+        ([2**32 - 1, 2**31, 2**31, 2**31], 0),
+        ([0, 0, 2**31, 0], 0),
+    ],
+)
+def test_the_winner_of_a_coupled_draw_is_found_whatever_its_number(bits, winner):
+    scores, uniforms = torch.tensor([0.0, -21.0, -30.0, -200.0]), given_bits(bits)
+    assert noisiest(scores, uniforms) == winner == int((scores.numpy() + uniforms.noise()).argmax())
 
 
 def test_a_coupled_draw_does_not_move_with_the_rounding_of_other_probabilities():

@@ -38,6 +38,20 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 12
 """Over a whole training, where a recipe does not say."""
+_FEWEST, _SHARE = 4, 0.2
+
+
+def evaluations_of(trained: int, heldout: int) -> int:
+    """Return how often a training is judged that says nothing about it: less often if it is short.
+
+    Args:
+        trained: Response tokens that are trained on, in all.
+        heldout: Response tokens that an evaluation goes through.
+
+    >>> [evaluations_of(tokens, 5_000) for tokens in (80_000, 150_000, 1_600_000)]
+    [4, 6, 12]
+    """
+    return min(EVALUATIONS, max(_FEWEST, int(_SHARE * trained / max(1, heldout))))
 
 
 @dataclass(frozen=True, slots=True)

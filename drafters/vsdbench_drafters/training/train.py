@@ -34,9 +34,10 @@ from vsdbench_drafters.training.features import (
     OnlineFeatures,
     draft_vocabulary,
     read_json,
+    response_rows,
 )
 from vsdbench_drafters.training.heldout import evaluator
-from vsdbench_drafters.training.loop import EVALUATIONS, Progress, TrainingLoop
+from vsdbench_drafters.training.loop import Progress, TrainingLoop, evaluations_of
 from vsdbench_drafters.training.recipe import Eagle3Architecture, RecipeConfig, load_recipe, make_objective
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ def _run(
     if wants_compiling(config.compile, target.device):
         compile_row_losses(objective)
     autocast = target.dtype == torch.bfloat16 if config.autocast == "auto" else config.autocast
+    rows, heldout_rows = (sum(response_rows(sequences)) for sequences in (data.sequences, data.heldout))
     loop = TrainingLoop(
         model=model,
         objective=objective,
@@ -318,7 +320,7 @@ def _run(
         autocast=autocast,
         folder=folder,
         key=folder.name,
-        evaluations=EVALUATIONS if evaluation is None else evaluation.times,
+        evaluations=evaluations_of(config.epochs * rows, heldout_rows) if evaluation is None else evaluation.times,
         select="tau" if evaluation is not None and evaluation.select == "best" else None,
         processes=processes,
     )

@@ -53,8 +53,8 @@ class Foresight:
             log_probs: ``[..., Vd]`` float32, the drafter's own.
             depth: The same for all of them.
         """
-        noise = self._noise.at(self._position + depth, self._vocab_size, self._ids.device).index_select(0, self._ids)
-        return torch.log_softmax(log_probs / self._temperature + NOISE_WEIGHT * noise.float(), dim=-1)
+        noise = self._noise.at(self._position + depth, self._vocab_size, self._ids)
+        return torch.log_softmax(log_probs / self._temperature + NOISE_WEIGHT * noise, dim=-1)
 
     def growth(self, growing: Growing) -> Growing:
         """Return a growth that is sent log-probabilities as they are, and grows by informed ones."""

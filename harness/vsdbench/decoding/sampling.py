@@ -18,6 +18,9 @@ from vsdbench.errors import ConfigError
 from vsdbench.models.device import send
 
 _MASK64 = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SLACK = 1.001
+"""More than the rounding of an exponential in float32."""
 
 
 class NotNumbersError(ConfigError, ValueError):
@@ -78,7 +81,9 @@ def target_scores(logits: Tensor, params: SamplingParams) -> Tensor:
     """
     if params.temperature == 0:
         raise ValueError("temperature is 0; greedy decoding has no distribution to sample from, take the argmax.")
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / params.temperature
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if params.temperature != 1:
+        scores = scores / params.temperature
     if params.top_k is not None and params.top_k < scores.shape[-1]:
         smallest_kept = scores.topk(params.top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < smallest_kept, -math.inf)
@@ -90,24 +95,57 @@ def target_scores(logits: Tensor, params: SamplingParams) -> Tensor:
     return scores
 
 
-def keyed_noise(seed: int, position: int, size: int) -> NDArray[np.float64]:
-    """Return ``[size]`` Gumbel noise that depends on ``seed`` and ``position`` alone.
+class Uniforms:
+    """One number in (0, 1) for every token, which depend on ``seed`` and ``position`` alone.
 
-    The two are the whole seed of the generator (SFC64), so the noise of a position is the same whatever was drawn
-    before, and no global state is read or changed. It is minus the logarithm of exponential numbers.
+    The two are the whole seed of the generator (SFC64), so the numbers of a position are the same whatever was drawn
+    before, and no global state is read or changed. The generator gives the first 32 bits of each; the 53 behind them
+    are a hash of token and key, since few draws look at them (``noisiest``).
 
     Args:
         seed: Any integer; only its low 64 bits count.
         position: Index of the token in the whole sequence.
         size: How many.
 
-    >>> keyed_noise(0, 1, 3).tolist() == keyed_noise(0, 1, 3).tolist() != keyed_noise(1, 0, 3).tolist()
+    Attributes:
+        high: ``[size]`` uint32, the first bits.
+
+    >>> Uniforms(0, 1, 3).at().tolist() == Uniforms(0, 1, 3).at().tolist() != Uniforms(1, 0, 3).at().tolist()
     True
     """
-    key = np.random.SeedSequence((seed & _MASK64, position))
-    noise = np.random.Generator(np.random.SFC64(key)).standard_exponential(size)
-    np.maximum(noise, np.finfo(np.float64).tiny, out=noise)
-    return np.negative(np.log(noise, out=noise), out=noise)
+
+    def __init__(self, seed: int, position: int, size: int) -> None:
+        bits = np.random.SFC64(np.random.SeedSequence((seed & _MASK64, position)))
+        self._key = np.uint64(bits.random_raw())
+        self.high: NDArray[np.uint32] = bits.random_raw((size + 1) // 2).view(np.uint32)[:size]
+
+    def at(self, tokens: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Return the float64 numbers of some tokens; None: of all."""
+        places = np.arange(len(self.high), dtype=np.uint64) if tokens is None else tokens.astype(np.uint64)
+        high = self.high if tokens is None else self.high[tokens]
+        low = (_mixed(places * _GOLDEN + self._key) >> np.uint64(11)).astype(np.float64)
+        return np.minimum((high + (low + 0.5) * 2.0**-53) * 2.0**-32, 1 - 2.0**-53)
+
+    def noise(self, tokens: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Return Gumbel noise of some tokens, large where numbers are small; None: of all."""
+        return -np.log(-np.log1p(-self.at(tokens)))
+
+    def rough_noise(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``noise`` of some tokens from the first bits alone, good enough to guess by and cheap."""
+        about = (self.high[tokens].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+        return -np.log(-np.log1p(-np.minimum(about, np.float32(1 - 2.0**-24))))
+
+
+def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return numbers whose every bit depends on every bit of the given ones: the finaliser of SplitMix64."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def keyed_noise(seed: int, position: int, size: int) -> NDArray[np.float64]:
+    """Return the ``[size]`` Gumbel noise of ``Uniforms``, whose arguments it has."""
+    return Uniforms(seed, position, size).noise()
 
 
 def inverse_cdf(probs: Tensor, uniform: float) -> int:
@@ -149,12 +187,22 @@ def coupled_token(scores: Tensor, seed: int, position: int) -> int:
     Raises:
         NotNumbersError: The scores are not numbers, or all are -inf.
     """
-    return noisiest(scores, keyed_noise(seed, position, len(scores)))
+    return noisiest(scores, Uniforms(seed, position, len(scores)))
 
 
-def noisiest(scores: Tensor, noise: NDArray[np.float64]) -> int:
-    """Return ``coupled_token`` of noise that is known."""
-    return _largest(scores.cpu().numpy() + noise)
+def noisiest(scores: Tensor, uniforms: Uniforms) -> int:
+    """Return ``coupled_token`` of numbers that are known.
+
+    A draw must not cost what a step of the target does, so logarithms are taken of few: noise is below -log u, so token
+    v cannot beat a sum B that another one has if u > exp(score - B), and the first bits of u say so of nearly all.
+    """
+    values = scores.cpu().numpy()
+    top = _largest(values)
+    at_least = float(values[top]) + float(uniforms.noise(np.array([top]))[0])
+    limits = np.subtract(values, at_least, dtype=values.dtype)
+    np.multiply(np.exp(limits, out=limits), _SLACK * 2.0**32, out=limits)
+    may_win = np.flatnonzero(uniforms.high.astype(limits.dtype) <= limits)
+    return int(may_win[_largest(values[may_win] + uniforms.noise(may_win))])
 
 
 def greedy_token(logits: Tensor) -> int:
@@ -190,26 +238,41 @@ def best(token: int, logit: float) -> int:
 
 
 class KeyedNoise:
-    """``keyed_noise`` on a device, kept from step to step: what a step looks ahead to, the next one needs.
+    """The numbers of a sequence, kept from step to step: what a step looks ahead to, the next one needs.
 
     Attributes:
-        seed: See ``keyed_noise``.
+        seed: See ``Uniforms``.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._held: dict[int, Tensor] = {}
+        self._uniforms: dict[int, Uniforms] = {}
+        self._noise: dict[int, Tensor] = {}
+
+    def uniforms(self, position: int, size: int) -> Uniforms:
+        """Return the numbers of one position."""
+        if position not in self._uniforms:
+            self._uniforms[position] = Uniforms(self.seed, position, size)
+        return self._uniforms[position]
+
+    def at(self, position: int, size: int, ids: Tensor) -> Tensor:
+        """Return ``[n]`` float32, roughly the noise of the tokens ``ids`` ``[n]`` at one position, where they are."""
+        if ids.device.type == "cpu":
+            return torch.from_numpy(self.uniforms(position, size).rough_noise(ids.numpy()))
+        return self.everywhere(position, size, ids.device).index_select(0, ids).float()
+
+    def everywhere(self, position: int, size: int, device: torch.device) -> Tensor:
+        """Return ``[size]`` float64, the noise of one position on a device."""
+        if position not in self._noise:
+            self._noise[position] = send(torch.from_numpy(self.uniforms(position, size).noise()), device)
+        return self._noise[position]
 
     def ahead(self, first: int, count: int, size: int, device: torch.device) -> Tensor:
         """Return ``[count, size]`` float64, the noise of ``count`` positions from ``first`` on."""
-        return torch.stack([self.at(position, size, device) for position in range(first, first + count)])
-
-    def at(self, position: int, size: int, device: torch.device) -> Tensor:
-        """Return ``[size]`` float64, the noise of one position."""
-        if position not in self._held:
-            self._held[position] = send(torch.from_numpy(keyed_noise(self.seed, position, size)), device)
-        return self._held[position]
+        return torch.stack([self.everywhere(position, size, device) for position in range(first, first + count)])
 
     def forget(self, before: int) -> None:
         """Drop what is held of positions that have been passed."""
-        self._held = {position: noise for position, noise in self._held.items() if position >= before}
+        for held in (self._uniforms, self._noise):
+            for position in [position for position in held if position < before]:
+                del held[position]

@@ -149,11 +149,11 @@ class Case:
             return lambda row: best(tokens[row], values[row])
         if self._rule == "greedy":
             return lambda row: greedy_token(self._logits[row])
-        vocab_size, device = self._logits.shape[-1], self._logits.device
+        vocab_size = self._logits.shape[-1]
 
         def draw(row: int) -> int:
-            noise = self._noise.at(self._position + step.depths[row], vocab_size, device)
-            return noisiest(target_scores(self._logits[row], self._params), noise.numpy())
+            uniforms = self._noise.uniforms(self._position + step.depths[row], vocab_size)
+            return noisiest(target_scores(self._logits[row], self._params), uniforms)
 
         return draw
 
