@@ -133,7 +133,8 @@ class Uniforms:
     def rough_noise(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return ``noise`` of some tokens from the first bits alone, good enough to guess by and cheap."""
         about = (self.high[tokens].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-        return -np.log(-np.log1p(-np.minimum(about, np.float32(1 - 2.0**-24))))
+        noise: NDArray[np.float32] = -np.log(-np.log1p(-np.minimum(about, np.float32(1 - 2.0**-24))))
+        return noise
 
 
 def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
