@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,18 @@ def test_output_folders_follow_flag_and_environment(tmp_path: Path, monkeypatch:
         tmp_path / "c",
     )
     assert paths.results_dir("x") == Path("x")
+
+
+def test_sizes_are_of_all_files_below_whatever_goes_meanwhile(tmp_path):
+    folder = tmp_path / "looked-at"
+    (folder / "gone").mkdir(parents=True)
+    (folder / "stays" / "deep").mkdir(parents=True)
+    for name, size in (("a.bin", 3), ("gone/b.bin", 5), ("stays/deep/c.txt", 7)):
+        (folder / name).write_bytes(b"x" * size)
+    assert sorted(paths.sizes_below(folder)) == [3, 5, 7]
+    assert list(paths.sizes_below(folder, ".txt")) == [7]
+    assert list(paths.sizes_below(folder / "never")) == []
+    sizes = paths.sizes_below(folder)
+    assert next(sizes) == 3
+    shutil.rmtree(folder / "gone")
+    assert list(sizes) == [7]

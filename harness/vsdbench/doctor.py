@@ -17,12 +17,10 @@ from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, dt
 from vsdbench.models.packed import can_pack
 from vsdbench.models.source import DEFAULT_MODEL, fetch_model
 from vsdbench.models.target import Target
-from vsdbench.paths import cache_dir, list_data
+from vsdbench.paths import cache_dir, list_data, sizes_below
 from vsdbench.provenance import machine
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
 HUB_TIMEOUT_S = 3.0
@@ -86,8 +84,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
 
 def _cache() -> dict[str, Any]:
     folder = cache_dir()
-    sizes = {name: _size(folder / name) for name in ("wheels", "models", "data", "drafters")}
-    weights = sum(file.stat().st_size for file in folder.glob(f"models/{DEFAULT_MODEL}-*/*.safetensors"))
+    sizes = {name: sum(sizes_below(folder / name)) for name in ("wheels", "models", "data", "drafters")}
+    weights = sum(sum(sizes_below(path, ".safetensors")) for path in folder.glob(f"models/{DEFAULT_MODEL}-*"))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return {
         "path": str(folder),
@@ -95,10 +93,6 @@ def _cache() -> dict[str, Any]:
         "default_model_bytes": weights,
         "free_bytes": shutil.disk_usage(existing).free,
     }
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
 
 
 def _checks(found: dict[str, Any], cache: dict[str, Any]) -> list[dict[str, Any]]:

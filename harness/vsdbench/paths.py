@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -104,3 +105,19 @@ def locate(kind: DataKind, name_or_path: str | Path) -> tuple[Path, str | None]:
 def find_data(kind: DataKind, name_or_path: str | Path) -> Path:
     """Return the path of a suite or recipe; ``locate`` says more, and takes and raises the same."""
     return locate(kind, name_or_path)[0]
+
+
+def sizes_below(folder: Path, suffix: str = "") -> Iterator[int]:
+    """Yield the size in bytes of every file below a folder whose name ends so; none if there is no such folder.
+
+    Others may write and delete there meanwhile: what has gone when it is looked at is left out. (A recursive glob
+    ends with an error where a folder goes.)
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(suffix):
+                try:
+                    size = Path(parent, name).lstat().st_size
+                except OSError:
+                    continue
+                yield size

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 48
 COST_TOKENS = 24
 TOP_KS = (1, 2, 4, 8)
+"""Children whose drafting is timed; what is between them costs what is between theirs."""
+_CHILDREN = (1, 2, 3, 4, 6, 8)
 _WIDER = 3
 _ROUNDS = 2
 _PLAIN_EVERY = 4
@@ -64,10 +66,11 @@ class Costs:
     other: float
 
     def step(self, shape: TreeShape) -> float:
-        """Return the milliseconds of a step with this shape; verification is interpolated between measured sizes."""
-        sizes = sorted(self.verify)
+        """Return the milliseconds of a step with this shape, between what was measured with fewer and more of a kind."""
+        sizes, children = sorted(self.verify), sorted(top_k for depth, top_k in self.draft if depth == shape.depth)
         forward = float(np.interp(shape.budget, sizes, [self.verify[size] for size in sizes]))
-        return self.draft[shape.depth, shape.top_k] + forward + self.other
+        drafting = np.interp(shape.top_k, children, [self.draft[shape.depth, top_k] for top_k in children])
+        return float(drafting) + forward + self.other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +205,7 @@ def candidates(limit: TreeShape) -> list[TreeShape]:
     """Return the shapes up to ``limit``, and of its kind, that are considered."""
     return [
         TreeShape(kind=limit.kind, budget=budget, depth=depth, top_k=top_k)
-        for top_k in TOP_KS
+        for top_k in _CHILDREN
         for depth in range(1, limit.depth + 1)
         for budget in BUDGETS
         if top_k <= limit.top_k and depth <= budget <= min(limit.budget, top_k + (depth - 1) * top_k**2)

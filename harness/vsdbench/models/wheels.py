@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedCo
 
 from vsdbench.bars import Bars
 from vsdbench.errors import EnvironmentProblemError, is_disk_full
-from vsdbench.paths import cache_dir
+from vsdbench.paths import cache_dir, sizes_below
 
 _CHUNK_BYTES = 1 << 20
 _NETWORK_SIGNS = ("Retrying", "ConnectionError", "NewConnectionError", "timed out", "Name or service not known")
@@ -204,7 +204,7 @@ def pip_download(requirement: str, destination: Path, *, on_bytes: Callable[[int
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
             try:
                 while process.poll() is None:
-                    on_bytes(_bytes_in(destination))
+                    on_bytes(max(sizes_below(destination), default=0))  # the wheel that is arriving
                     time.sleep(0.1)
             finally:
                 if process.poll() is None:
@@ -212,18 +212,7 @@ def pip_download(requirement: str, destination: Path, *, on_bytes: Callable[[int
                     process.wait()
         if process.returncode:
             raise _pip_problem(requirement, log.read_text(encoding="utf-8", errors="replace"))
-    on_bytes(_bytes_in(destination))
-
-
-def _bytes_in(folder: Path) -> int:
-    """Return the size of the largest file below ``folder``: the wheel that is arriving."""
-    sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # pip moves its files about while we look
-            continue
-    return max(sizes)
+    on_bytes(max(sizes_below(destination), default=0))
 
 
 def _pip_problem(requirement: str, log: str) -> EnvironmentProblemError:
