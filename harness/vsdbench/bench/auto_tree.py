@@ -66,7 +66,7 @@ class Costs:
     other: float
 
     def step(self, shape: TreeShape) -> float:
-        """Return the milliseconds of a step with this shape, between what was measured with fewer and more of a kind."""
+        """Return the milliseconds of a step with this shape, between what was measured with fewer and with more."""
         sizes, children = sorted(self.verify), sorted(top_k for depth, top_k in self.draft if depth == shape.depth)
         forward = float(np.interp(shape.budget, sizes, [self.verify[size] for size in sizes]))
         drafting = np.interp(shape.top_k, children, [self.draft[shape.depth, top_k] for top_k in children])
