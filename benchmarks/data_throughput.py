@@ -30,8 +30,7 @@ from vsdbench.models.device import choose_dtype, dtype_name
 from vsdbench.models.fused import FusedLayers, can_fuse
 from vsdbench.models.packed import Switch, can_pack, pack, unpack
 from vsdbench.models.source import fetch_model
-from vsdbench_drafters.training.answers import Request
-from vsdbench_drafters.training.data import shared_prefix
+from vsdbench_drafters.training.answers import Request, shared_prefix
 from vsdbench_drafters.training.generate import SlotGenerator
 from vsdbench_drafters.training.prompts import PromptSource, load_articles, read_articles
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.training import data as data_module
 from vsdbench_drafters.training import generate
-from vsdbench_drafters.training.data import DataConfig, data_key, ensure_data, estimate_seconds, shared_prefix
+from vsdbench_drafters.training.answers import shared_prefix
+from vsdbench_drafters.training.data import DataConfig, data_key, ensure_data, estimate_seconds
 from vsdbench_drafters.training.grounded import GROUNDED_VERSION
 from vsdbench_drafters.training.prompts import Article, split_of
 from vsdbench_drafters.training.shards import Answer, DataFolder
@@ -130,14 +131,14 @@ def test_interrupted_run_continues_to_the_same_data(target, tmp_path, monkeypatc
     monkeypatch.setattr(data_module, "_SHARD_SEQUENCES", 4)
     stream, answered = generate.SlotGenerator.stream, []
 
-    def killed(self, requests):
-        for count, response in enumerate(stream(self, requests)):
+    def killed(self, requests, **more):
+        for count, response in enumerate(stream(self, requests, **more)):
             if count == kill_after:
                 raise KeyboardInterrupt
             yield response
 
-    def counted(self, requests):
-        for response in stream(self, requests):
+    def counted(self, requests, **more):
+        for response in stream(self, requests, **more):
             answered.append(response.request.index)
             yield response
 
@@ -248,6 +249,19 @@ def test_progress_is_shown_with_speed(target):
     make(target, console=Console(file=stream, force_terminal=True, width=100))
     assert "Training data" in stream.getvalue()
     assert "tokens" in stream.getvalue()
+
+
+def test_progress_counts_answers_that_are_under_way(target, monkeypatch):
+    done = []
+    monkeypatch.setattr(
+        data_module.Bars, "update", lambda _self, _task, completed, rate: done.append((completed, rate))
+    )
+    made = make(target)
+    counts = [count for count, _ in done]
+    assert counts[0] <= CONFIG.slots
+    assert max(counts) == CONFIG.num_tokens
+    assert len(set(counts)) > 2 * len(made.sequences)  # not only where an answer ends
+    assert all(rate > 0 for _, rate in done)
 
 
 def test_estimate():

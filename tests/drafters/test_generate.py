@@ -206,8 +206,18 @@ def test_long_prompts_among_short_ones_find_room(own):
 def test_tokens_made_are_counted():
     model, prompts = make_model(), make_prompts(5)
     generator = SlotGenerator(model, eos_ids=[2], slots=2, max_prompt_tokens=32, max_new_tokens=8)
-    answers = list(generator.stream(Request(index, prompt) for index, prompt in enumerate(prompts)))
-    assert generator.num_made == sum(len(answer.response_ids) for answer in answers)
+    ended, seen = 0, []
+
+    def tick():
+        seen.append((generator.num_made, generator.num_under_way))
+
+    for answer in generator.stream((Request(index, prompt) for index, prompt in enumerate(prompts)), tick=tick):
+        ended += len(answer.response_ids)
+        made, under_way = seen[-1]
+        assert made - under_way >= ended  # of a step that ended several
+    assert generator.num_made == ended
+    assert seen[0] == (2, 2)
+    assert seen[-1] == (ended, 0)
 
 
 def test_long_prompts_are_attended_to_as_short_ones_are(monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from vsdbench_drafters.training.prompts import Message
 
 StopReason = Literal["eos", "length", "loop"]
 
@@ -37,6 +41,20 @@ class Response:
     request: Request
     response_ids: NDArray[np.int32]
     stop_reason: StopReason
+
+
+class Encoder(Protocol):
+    """Renders a conversation."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> Sequence[int]: ...  # noqa: D102
+
+
+def shared_prefix(target: Encoder) -> list[int]:
+    """Return the tokens with which every rendered prompt begins: the chat template's part before the user's text."""
+    texts = ("A", "zebra?", "{", "12 is")
+    rendered = [target.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rendered, strict=False))
+    return [tokens[0] for tokens in same]
 
 
 def ends_in_loop(tokens: NDArray[np.int32], repeats: int) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, cast
 
 import numpy as np
@@ -29,7 +30,7 @@ from vsdbench.bars import Bars
 from vsdbench.config import Config, content_hash
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
-from vsdbench_drafters.training.answers import Request, Response
+from vsdbench_drafters.training.answers import Encoder, Request, Response, shared_prefix
 from vsdbench_drafters.training.prompts import LICENCE, WIKI_LEADS, Split, load_articles
 from vsdbench_drafters.training.shards import HELDOUT_OFFSET, Answer, DataFolder, TrainingData
 from vsdbench_drafters.training.sources import Prompts, prompt_sources, prompts_version, with_images
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from vsdbench.models.image_prompt import ImagePrompt
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.generate import Layers, SlotGenerator
-    from vsdbench_drafters.training.prompts import Article, Message
+    from vsdbench_drafters.training.prompts import Article
 
 _SHARD_SEQUENCES = 128
 _MAX_SKIPPED = 1000
@@ -99,12 +100,6 @@ class DataConfig(Config):
     def content(self) -> dict[str, Any]:
         """Return what determines the data: without what only changes the speed, or has no meaning for its source."""
         return self.model_dump(mode="json", exclude={"slots"} if self.shows_images else {"slots", "text_share"})
-
-
-class Encoder(Protocol):
-    """Renders a conversation."""
-
-    def encode_chat(self, messages: Sequence[Message]) -> Sequence[int]: ...  # noqa: D102
 
 
 class DataTarget(Encoder, Protocol):
@@ -231,7 +226,7 @@ class _Maker:
         self._seen: set[bytes] = set()
         self._num = {"train": _Tally(), "heldout": _Tally()}
         self._unsaved: list[Answer] = []
-        self._in_flight = self._idle = 0
+        self._idle = 0
         for answer in folder.load_shards().values():
             self._note(answer)
 
@@ -239,16 +234,24 @@ class _Maker:
         """Answer prompts until the budget is filled; return the answers to keep and the first index not used."""
         task = progress.add_task("Training data", total=self._config.num_tokens, rate=0.0)
         made, begun = 0, time.monotonic()
+
+        def tell(generator: SlotGenerator) -> None:
+            train, heldout = self._num["train"], self._num["heldout"]
+            share = train.in_flight / max(1, train.in_flight + heldout.in_flight)
+            done = min(train.tokens + int(share * generator.num_under_way), self._config.num_tokens)
+            rate = (made + generator.num_made) / (time.monotonic() - begun)
+            progress.update(task, completed=done, rate=rate)
+
         while (selection := self._select()) is None:
+            generator = self._generator()
             try:
-                for response in self._generator().stream(self._requests()):
-                    self._in_flight -= 1
+                for response in generator.stream(self._requests(), tick=partial(tell, generator)):
+                    self._num[_split(response.request.index)].in_flight -= 1
                     self._keep(_answer(response))
-                    made += len(response.response_ids)
-                    completed = min(self._num["train"].tokens, self._config.num_tokens)
-                    progress.update(task, completed=completed, rate=made / (time.monotonic() - begun))
             finally:
-                self._in_flight = 0
+                made += generator.num_made
+                for tally in self._num.values():
+                    tally.in_flight = 0
                 self._flush()
         return selection
 
@@ -281,15 +284,13 @@ class _Maker:
 
     def _requests(self) -> Iterator[Request]:
         """Yield prompts that have no answer yet, in order, until those in flight will probably fill the budget."""
+        train, heldout = self._num["train"], self._num["heldout"]
         for key in self._keys("heldout"):
-            if self._num["heldout"].answers + self._in_flight >= self._config.num_heldout:
+            if heldout.answers + heldout.in_flight >= self._config.num_heldout:
                 break
             yield from self._request(key, self._heldout)
-        heldout_in_flight = self._in_flight
         for key in self._keys("train"):
-            tally = self._num["train"]
-            coming = max(0, self._in_flight - heldout_in_flight) * tally.mean(self._config.max_new_tokens)
-            if tally.tokens + coming >= self._config.num_tokens:
+            if train.tokens + train.in_flight * train.mean(self._config.max_new_tokens) >= self._config.num_tokens:
                 break
             yield from self._request(key, self._train)
 
@@ -304,7 +305,7 @@ class _Maker:
         ids = self._target.encode_chat(prompts[index].messages)
         prefix = len(self._prefix)
         if prefix < len(ids) <= config.max_prompt_tokens and list(ids)[:prefix] == self._prefix:
-            self._in_flight += 1
+            self._num[_split(key)].in_flight += 1
             yield Request(key, ids, config.temperatures[index % len(config.temperatures)])
             return
         self._keep(Answer(key, np.zeros(0, dtype=np.int32), 0, 0.0, "skipped"))
@@ -338,7 +339,7 @@ class _Maker:
         self._answers[answer.key] = answer
         if answer.num_response_tokens and self._digest(answer) not in self._seen:
             self._seen.add(self._digest(answer))
-            tally = self._num["heldout" if answer.key >= HELDOUT_OFFSET else "train"]
+            tally = self._num[_split(answer.key)]
             tally.answers += 1
             tally.tokens += answer.num_response_tokens
 
@@ -369,24 +370,20 @@ class _Maker:
         return kept, key
 
 
+def _split(key: int) -> Split:
+    """Return what the prompt of a key is for."""
+    return "heldout" if key >= HELDOUT_OFFSET else "train"
+
+
 class _Tally:
-    """Distinct answers so far, and their tokens."""
+    """Distinct answers so far, their tokens, and how many are under way."""
 
     def __init__(self) -> None:
-        self.answers = 0
-        self.tokens = 0
+        self.answers = self.tokens = self.in_flight = 0
 
     def mean(self, longest: int) -> float:
         """Return the expected length of an answer; a few early, short ones are not believed."""
         return self.tokens / self.answers if self.answers >= 64 else longest / 2
-
-
-def shared_prefix(target: Encoder) -> list[int]:
-    """Return the tokens with which every rendered prompt begins: the chat template's part before the user's text."""
-    texts = ("A", "zebra?", "{", "12 is")
-    rendered = [target.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rendered, strict=False))
-    return [tokens[0] for tokens in same]
 
 
 def _answer(response: Response) -> Answer:

@@ -89,6 +89,7 @@ class SlotGenerator:
 
     Attributes:
         num_made: Response tokens decoded so far, those of unfinished answers included.
+        num_under_way: Those of unfinished answers.
     """
 
     def __init__(
@@ -126,10 +127,12 @@ class SlotGenerator:
         self._pack = _PACK_TOKENS if self._native is None else min(_PACK_TOKENS, self._native.most_rows)
         self._attention = SlotAttention(self._cache)
         self._age = 0  # steps since rows were arranged
-        self.num_made = 0
+        self.num_made = self.num_under_way = 0
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Response]:
+    def stream(self, requests: Iterable[Request], *, tick: Callable[[], object] = lambda: None) -> Iterator[Response]:
         """Yield the answers in the order in which they end, drawing requests as slots become free.
+
+        ``tick`` is called after every step.
 
         Raises:
             ValueError: A prompt is too long, empty, or does not begin with the shared prefix.
@@ -155,6 +158,7 @@ class SlotGenerator:
                     self._arrange(rows, in_use)
                 self._age += 1
                 finished = self._step(rows, in_use, own=own)
+            tick()
             yield from finished
 
     # ---- one step ----
@@ -171,8 +175,8 @@ class SlotGenerator:
             self._cache.begin_decode(positions, gathers=not own)
             keys = torch.arange(max(group.columns for group in self._cache.groups), device=self._device)
             visible = keys[None, None] <= positions[:, None, None]
-            offsets = offsets[:, None].to(self._device)
-            logits = self._forward(tokens[:, None], positions[:, None], keys, visible, offsets)[:, -1]
+            offsets = offsets.to(self._device)
+            logits = self._forward(tokens[:, None], positions[:, None], keys, visible, offsets[:, None])[:, -1]
         at = rows.count[:in_use]
         uniforms = rows.noise[np.arange(in_use), np.minimum(at, rows.noise.shape[1] - 1)]
         picked = pick_tokens(logits, torch.from_numpy(rows.temperature[:in_use]), torch.from_numpy(uniforms))
@@ -200,6 +204,7 @@ class SlotGenerator:
             finished.append(Response(rows.requests[row], rows.output[row, : rows.count[row]].copy(), reason))
             rows.active[row] = False
             rows.length[row] = rows.temperature[row] = rows.count[row] = 0
+        self.num_under_way = int(rows.count.sum())
         return finished
 
     def _forward(
@@ -307,11 +312,9 @@ class SlotGenerator:
     def _check(self, request: Request) -> None:
         ids, prefix = request.prompt_ids, self._prefix
         if not 0 < len(ids) <= self._limits[0]:
-            msg = f"prompt {request.index} has {len(ids)} tokens, where 1 to {self._limits[0]} are allowed"
-            raise ValueError(msg)
+            raise ValueError(f"prompt {request.index} has {len(ids)} tokens, where 1 to {self._limits[0]} are allowed")
         if len(ids) <= len(prefix) or list(ids)[: len(prefix)] != prefix:
-            msg = f"prompt {request.index} does not begin with the shared prefix of {len(prefix)} tokens"
-            raise ValueError(msg)
+            raise ValueError(f"prompt {request.index} does not begin with the shared prefix of {len(prefix)} tokens")
 
     def _read_images(self, rows: _Rows, filled: NDArray[np.int64]) -> None:
         """Let the target read the prompts of these rows, and keep their keys and values."""
