@@ -12,19 +12,9 @@ from tests.decoding.tiny import KnowingDrafter, make_prompt, make_target, plain,
 from tests.drafters.test_eagle3_decoding import make_drafter_model
 
 from vsdbench.bench import auto_tree, methods
-from vsdbench.bench.auto_tree import (
-    Answer,
-    Choice,
-    Costs,
-    Proposal,
-    Trials,
-    candidates,
-    choose_trees,
-    finalists,
-    num_decodes,
-    rank,
-)
+from vsdbench.bench.auto_tree import Choice, Costs, Trials, candidates, choose_trees, finalists, num_decodes, rank
 from vsdbench.bench.calibration import NUM_PROMPTS, PROMPTS, calibration_prompts
+from vsdbench.bench.watching import Answer, Proposal
 from vsdbench.decoding.engine import decode
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.tree import grow
@@ -40,7 +30,8 @@ def make_drafter(target):
 
 
 def grown(seed, shape):
-    return grow(TableScorer(seed, sharpness=2.0), shape, state=None, temperature=0.0, generator=torch.Generator())
+    scorer = TableScorer(seed, sharpness=2.0)
+    return grow(scorer, shape, state=None, temperature=0.0, generator=torch.Generator()), 1 + len(scorer.calls)
 
 
 def held(tree, following):
@@ -57,14 +48,16 @@ def held(tree, following):
 
 def test_smaller_trees_are_read_off_a_wide_one():
     checked = differing = 0
+    shapes = candidates(LIMIT)
+    assert sum(shape.adapts for shape in shapes) > 50
     for seed in range(12):
-        wide = Proposal(grown(seed, TreeShape(budget=400, depth=4, top_k=4)))
-        for shape in candidates(LIMIT):
-            tree = grown(seed, shape)
+        wide = Proposal(grown(seed, TreeShape(budget=400, depth=4, top_k=4))[0])
+        for shape in shapes:
+            tree, levels = grown(seed, shape)
             for follow in range(8):
                 generator = torch.Generator().manual_seed(follow)
                 following = (2 * torch.randint(0, 6, (5,), generator=generator) + 1).tolist()
-                same = wide.kept(shape, following) == held(tree, following)
+                same = wide.take(shape, following) == (levels, len(tree), held(tree, following))
                 if shape.top_k == 4:
                     assert same
                 checked, differing = checked + 1, differing + (not same)
@@ -79,14 +72,24 @@ def test_a_walk_takes_the_steps_that_decoding_takes(temperature):
     chosen = settings(30, temperature=temperature)
     answers = Trials(target=target, drafter=drafter, prompts=prompts).watch(chosen, LIMIT)
     total = 0
-    for budget in (1, 4, 9, 16):
-        shape = TreeShape(budget=budget, depth=min(budget, 4), top_k=4)
+    shapes = [TreeShape(budget=budget, depth=min(budget, 4), top_k=4) for budget in (1, 4, 9, 16)]
+    shapes.append(replace(shapes[-1], min_node_prob=0.02, min_level_prob=0.1))
+    for shape in shapes:
         for prompt, answer in zip(prompts, answers, strict=True):
             generation = decode(target, drafter, prompt, settings(48, temperature=temperature, shape=shape))
             assert generation.token_ids == answer.tokens
-            assert answer.walk(shape) == (47, len(generation.steps))
-            total += len(generation.steps)
-    assert total < 4 * 3 * 47  # something was kept
+            steps = [(step.num_nodes, step.num_accepted) for step in generation.steps]
+            walked = [(step.num_nodes, step.num_kept) for step in answer.walk(shape)]
+            assert walked[:-1] == steps[:-1]  # the last may have kept more than the answer has room for
+            total += len(steps)
+    assert total < 5 * 3 * 47  # something was kept
+
+
+def test_on_a_device_that_must_be_waited_for_no_tree_adapts():
+    assert any(shape.adapts for shape in candidates(LIMIT))
+    assert not any(shape.adapts for shape in candidates(LIMIT, adapting=False))
+    assert not any(shape.adapts for shape in candidates(replace(LIMIT, depth=1)))
+    assert all(shape.depth <= shape.budget <= 16 and shape.top_k <= 4 for shape in candidates(LIMIT))
 
 
 def test_the_best_prediction_comes_first_and_follows_the_costs():
@@ -100,7 +103,7 @@ def test_the_best_prediction_comes_first_and_follows_the_costs():
     assert choices[0].tau == 5 / 2
     assert choices[0].speedup == pytest.approx(5 / 2 * 10 / 12)
     dear = Costs(plain=10.0, draft=draft, verify={0: 9.0, 1: 9.0, 3: 40.0}, other=0.0)
-    assert dear.step(shapes[1]) == pytest.approx(2.0 + 24.5)
+    assert dear.step(2, 2, 1) == pytest.approx(2.0 + 24.5)
     assert rank(answers, dear, shapes)[0].shape.budget == 1
 
 
@@ -110,7 +113,8 @@ def test_costs_cover_every_candidate_and_rise_with_the_nodes():
     assert list(costs.verify.values()) == sorted(costs.verify.values())
     assert 0 in costs.verify
     for shape in candidates(LIMIT):
-        assert costs.step(shape) > 0
+        for nodes in range(shape.budget + 1):
+            assert costs.step(shape.depth, nodes, shape.top_k) > 0
         assert shape.depth <= shape.budget <= LIMIT.budget
 
 
@@ -127,6 +131,9 @@ def test_finalists_are_the_best_of_different_sizes():
     shapes = [TreeShape(budget=n, depth=d, top_k=2) for n, d in ((4, 3), (4, 2), (6, 3), (2, 2), (8, 3))]
     choices = [Choice(shape=shape, tau=1.0, speedup=1.0, step_ms=1.0) for shape in shapes]
     assert finalists(choices, 3) == [shapes[0], shapes[2], shapes[3]]
+    adapting = [replace(choice, shape=replace(choice.shape, min_level_prob=0.5)) for choice in choices[2:]]
+    assert finalists([*adapting, *choices], 3) == [adapting[0].shape, adapting[1].shape, shapes[0]]
+    assert finalists([*adapting[:2], *choices], 3) == [adapting[0].shape, adapting[1].shape, shapes[0]]
 
 
 def test_the_play_off_decodes_every_prompt_with_everyone_and_takes_the_fastest(monkeypatch):
@@ -150,9 +157,9 @@ def test_the_play_off_decodes_every_prompt_with_everyone_and_takes_the_fastest(m
     assert (best.shape, second.shape) == (shapes[1], shapes[0])
     assert best.speedup == pytest.approx(2.5)
     assert second.speedup == pytest.approx(1.25)
-    walked = [answer.walk(best.shape) for answer in trials.watch(settings(8), LIMIT)]
-    emitted, steps = (sum(counts) for counts in zip(*walked, strict=True))
-    assert best.tau == pytest.approx(emitted / steps)
+    answers = trials.watch(settings(8), LIMIT)
+    steps = sum(len(answer.walk(best.shape)) for answer in answers)
+    assert best.tau == pytest.approx(sum(len(answer.tokens) - 1 for answer in answers) / steps)
     assert sorted(order[:18]) == sorted((number, size) for number in range(6) for size in (0, 4, 8))
     assert [size for _, size in order[:9]] == [0, 4, 8, 4, 8, 0, 8, 0, 4]
 

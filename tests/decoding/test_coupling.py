@@ -9,9 +9,9 @@ from tests.decoding.tiny import VOCAB, make_prompt, make_target, plain, settings
 from vsdbench.decoding import coupling
 from vsdbench.decoding.coupling import Foresight
 from vsdbench.decoding.engine import decode
+from vsdbench.decoding.growing import Level
 from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.decoding.sampling import KeyedNoise, keyed_noise
-from vsdbench.decoding.tree import Level
 from vsdbench_drafters.architectures.draft_model import DraftModelDrafter
 
 PATH = TreeShape(kind="coupled", budget=5, depth=5, top_k=1)

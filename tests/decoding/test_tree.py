@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,35 @@ def test_growth_stops_early_when_nothing_deeper_can_enter():
     peaked = TableScorer(0, sharpness=50.0)
     tree = grown(peaked, TreeShape(kind="dynamic", budget=9, depth=9, top_k=4))
     assert len(peaked.calls) == max(tree.depths) - 1 == 8
+
+
+def adaptive_reference(scorer, shape):
+    """Levels are grown while the best of the last have enough probability together; kept is what has enough alone."""
+    level, everything = [()], []
+    for depth in range(shape.depth):
+        if depth and sum(math.exp(score(scorer, path)) for path in level) < shape.min_level_prob:
+            break
+        children = [
+            (*path, token) for path in level for token in scorer.of_path(path).topk(shape.top_k).indices.tolist()
+        ]
+        everything += children
+        level = sorted(children, key=lambda path: -score(scorer, path))[: shape.top_k]
+    best = sorted(everything, key=lambda path: -score(scorer, path))[: shape.budget]
+    return {path for path in best if math.exp(score(scorer, path)) >= shape.min_node_prob}
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(("node", "level"), [(0.0, 0.4), (0.08, 0.0), (0.05, 0.3), (0.2, 0.9), (0.99, 0.0)])
+def test_a_tree_is_as_large_as_the_drafter_is_sure(sharpness, node, level):
+    shape = TreeShape(budget=9, depth=5, top_k=3, min_node_prob=node, min_level_prob=level)
+    sizes = set()
+    for seed in range(12):
+        scorer = TableScorer(seed, sharpness=sharpness)
+        tree = grown(scorer, shape)
+        assert set(paths(tree)) == adaptive_reference(scorer, shape)
+        check_structure(tree, shape)
+        sizes.add(len(tree))
+    assert len(sizes) > 1 or (sharpness, node) not in {(1.0, 0.05), (1.0, 0.2)}
 
 
 @pytest.mark.parametrize("kind", [*FIXED, "dynamic"])

@@ -8,6 +8,8 @@ events, and what ``torch.cuda`` is asked for by name; a GPU's own paths (compile
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.decoding.elsewhere import DEVICE, Border, move
@@ -101,12 +103,15 @@ def test_so_does_a_step_of_several_sequences(here, there, shape):
     assert max(sent for _, sent in drafters[0].steps()) <= 3 + shape.depth + 1
 
 
-def test_a_growth_that_looks_at_its_scores_is_seen(there, monkeypatch):
-    monkeypatch.setattr("vsdbench.decoding.tree.apart", lambda device: False)
+def test_a_growth_that_looks_at_its_scores_is_seen(here, there):
+    chosen = settings(8, shape=replace(SHAPES[2], min_node_prob=1e-4, min_level_prob=1e-3))
+    expected = decode(here, make_drafter_model(here).drafter(here.dtype), PROMPTS[0], chosen)
     with Border() as border:
         drafter = Counting(DRAFTERS["eagle3"](there, move), border)
-        decode(there, drafter, PROMPTS[0], settings(8, shape=SHAPES[2]))
+        found = decode(there, drafter, PROMPTS[0], chosen)
     assert min(waits for waits, _ in drafter.steps()) > 2
+    assert found.token_ids == expected.token_ids
+    assert [step.num_nodes for step in found.steps] == [step.num_nodes for step in expected.steps]
 
 
 def test_what_is_fetched_is_what_is_there():

@@ -84,6 +84,22 @@ def test_drafts_are_rounded_and_targets_are_not():
     assert close(Product(weight, narrow=True)(x), rounded, torch.float32)
 
 
+@pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 1000, 16_384])
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_the_largest_are_those_of_a_sort_the_first_of_equals_first(width, count):
+    count = min(count, width)
+    x = numbers(4, width, dtype=torch.float32)
+    x[1] = (4 * x[1]).round()  # many are equal
+    x[2] = x[2].sort().values  # each is larger than all before it
+    x[3, ::2] = -torch.inf
+    values, places = native.largest(x, count)
+    expected = x.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :count])
+    if native.library() is not None:
+        assert torch.equal(places, expected.indices[:, :count])
+    assert torch.equal(x.gather(1, places), values)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 9, 64, 65])

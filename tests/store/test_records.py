@@ -29,6 +29,14 @@ def test_golden_lines_load_and_write_back_unchanged():
     assert records[3].temperature == 0.7
 
 
+def test_thresholds_of_a_tree_are_kept():
+    eagle = json.loads(GOLDEN.read_text().splitlines()[2])
+    eagle["tree"]["min_level_prob"] = 0.5
+    record = parse_record(json.dumps(eagle), where="golden")
+    assert (record.tree.min_node_prob, record.tree.min_level_prob) == (0, 0.5)
+    assert json.loads(record.to_line()) == eagle
+
+
 def test_golden_lines_with_diagnostics_load_and_write_back_unchanged():
     lines = WITH_DIAGNOSTICS.read_text().splitlines()
     eagle, ngram = [parse_record(line, where="golden") for line in lines]

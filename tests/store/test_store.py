@@ -303,6 +303,7 @@ def test_frames(make_record):
     assert frame["unit"].tolist() == ["tiny/p0", "tiny/p0", "tiny/p1"]
     assert frame["num_steps"].tolist() == [2, 0, 1]
     assert frame["tree_kind"].tolist()[0] == "chain"
+    assert frame["tree_min_node_prob"].tolist()[0] == 0
     assert pd.isna(frame["tree_kind"][1])
     assert steps["record"].tolist() == [0, 0, 2]
     assert steps["step"].tolist() == [0, 1, 0]

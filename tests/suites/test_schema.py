@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from vsdbench.config import parse
+from vsdbench.decoding.interfaces import TreeShape
 from vsdbench.errors import ConfigError
-from vsdbench.suites.schema import SuiteConfig, json_schema
+from vsdbench.suites.schema import DrafterEntry, SuiteConfig, json_schema
 from vsdbench.suites.sources import template_columns
 
 MINIMAL: dict[str, Any] = {
@@ -85,6 +86,18 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
         ({"sources": []}, "'sources' is []"),
         ({"drafters": [{"name": "a b", "type": "ngram"}]}, "'drafters.0.name' is 'a b': it should match pattern"),
         ({"drafters": [{"name": "a", "type": "ngram", "tree": {"depth": 8}}]}, "depth 8 does not fit a budget of 7"),
+        (
+            {"drafters": [{"name": "a", "type": "ngram", "tree": {"kind": "chain", "min_node_prob": 0.1}}]},
+            "a tree of kind 'chain' does not grow by probabilities: min_node_prob and min_level_prob are for 'dynamic'",
+        ),
+        (
+            {"drafters": [{"name": "a", "type": "ngram", "tree": {"kind": "auto", "min_level_prob": 0.1}}]},
+            "a tree of kind 'auto' finds its own: min_node_prob and min_level_prob are for 'dynamic' and 'coupled'",
+        ),
+        (
+            {"drafters": [{"name": "a", "type": "ngram", "tree": {"min_node_prob": 1.5}}]},
+            "'drafters.0.tree.min_node_prob' is 1.5: it should be less than 1",
+        ),
         (
             {"drafters": [{"name": "a", "type": "ngram", "tree": {"kind": "Auto"}}]},
             "'drafters.0.tree.kind' is 'Auto': it should be 'chain', 'static', 'dynamic', 'coupled', 'sampled' or "
@@ -171,3 +184,11 @@ def test_options_that_are_not_used_leave_no_trace_in_what_is_hashed() -> None:
     assert dumped["sources"][0]["where"] == {"part_by": None, "part": None, "min_characters": 3}
     assert set(dumped["sources"][0]["fields"]) == {"prompt", "turns", "category", "constant_category", "id"}
     assert parse(SuiteConfig, dumped, where="again") == suite
+
+
+def test_thresholds_are_written_only_where_there_are_some():
+    plain = DrafterEntry(name="a", type="ngram", tree={"budget": 9}).model_dump()["tree"]
+    assert plain == {"kind": "dynamic", "budget": 9, "depth": 4, "top_k": 4}
+    least = DrafterEntry(name="a", type="ngram", tree={"budget": 9, "min_node_prob": 0.1})
+    assert least.model_dump()["tree"] == {**plain, "min_node_prob": 0.1}
+    assert least.tree.shape() == TreeShape(budget=9, min_node_prob=0.1)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vsdbench.decoding.tree import Level, grow_together, growth
+from vsdbench.decoding.growing import Level, grow_together
+from vsdbench.decoding.tree import growth
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench_drafters.architectures.one_layer_drafter import Growth, LayerRows
 

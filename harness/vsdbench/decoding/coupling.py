@@ -24,8 +24,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vsdbench.decoding.growing import Growing
     from vsdbench.decoding.sampling import KeyedNoise
-    from vsdbench.decoding.tree import Growing
 
 NOISE_WEIGHT = 0.7
 """What the noise counts for when a drafter guesses: w above."""

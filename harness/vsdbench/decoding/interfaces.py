@@ -11,7 +11,7 @@ Shape legend: N draft tokens, V target vocabulary, H target hidden size, L promp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -40,12 +40,33 @@ class TreeShape:
         budget: Draft tokens verified by one target forward, root excluded (N at most).
         depth: Longest root-to-leaf path, in draft tokens.
         top_k: Children expanded a node (1 for a chain).
+        min_node_prob: A node is sent only if the product of the draft probabilities along its path is as large; 0 sends
+            what the budget holds. For trees that grow, ``dynamic`` and ``coupled``, as is the next.
+        min_level_prob: A level is drafted only if the nodes above it have such a product in all, since what it can add
+            to the tokens of a step is less (as OPT-Tree, arXiv 2406.17276, stops); 0 drafts ``depth`` levels. Both
+            make a step as large as the drafter is sure. A device must be waited for to know.
     """
 
     kind: ShapeKind = "dynamic"
     budget: int = 7
     depth: int = 4
     top_k: int = 4
+    min_node_prob: float = 0.0
+    min_level_prob: float = 0.0
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the number of nodes or levels depends on the drafter's probabilities."""
+        return self.min_node_prob > 0 or self.min_level_prob > 0
+
+
+def without_thresholds(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a shape that is written down, less thresholds of 0: before there were any, none was said.
+
+    >>> without_thresholds({"budget": 7, "min_node_prob": 0.0, "min_level_prob": 0.5})
+    {'budget': 7, 'min_level_prob': 0.5}
+    """
+    return {name: value for name, value in shape.items() if value or not name.startswith("min_")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def ancestor_mask(parents: Sequence[int], device: torch.device | None = None) ->
 
 
 class Ancestry:
-    """Which slots of a growing tree each one sees: its ancestors and itself (slots as in ``tree.LevelScorer``)."""
+    """Which slots of a growing tree each one sees: its ancestors and itself (slots as in ``growing.LevelScorer``)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -10,44 +10,18 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vsdbench.decoding.coupling import Foresight
+from vsdbench.decoding.dynamic import grow_dynamic
+from vsdbench.decoding.growing import Growing, Level, LevelScorer, grow_together
 from vsdbench.decoding.interfaces import TargetState, TokenTree, TreeShape
-from vsdbench.decoding.structure import Numbers
-from vsdbench.models.device import apart, send, send_numbers
-
-
-class LevelScorer(Protocol):
-    """What a drafter must be able to compute while a tree grows.
-
-    Every token passed to ``level`` takes the next *slot* (0, 1, 2, … in the order of arrival over the whole growth);
-    a parent slot of -1 is the root. Vd is the drafter's own vocabulary.
-    """
-
-    vocab_size: int
-    """V, the target's vocabulary."""
-
-    def root(self) -> Tensor:
-        """Return ``[Vd]`` float32 log-probabilities of the root's children."""
-
-    def level(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> Tensor:
-        """Return ``[M, Vd]`` float32 log-probabilities of the children of M nodes.
-
-        Args:
-            tokens: ``[M]`` int64 target ids of the nodes.
-            parent_slots: ``[M]`` int64, the slots of their parents, on the drafter's device: reading them there would
-                make the host wait (``structure.Ancestry`` makes masks of them).
-            depth: Depth of these nodes (1 for the root's children).
-        """
-
-    def to_target(self, ids: Tensor) -> Tensor:
-        """Map draft-vocabulary ids to target ids, any shape."""
+from vsdbench.models.device import send, send_numbers
 
 
 def empty_tree(device: torch.device) -> TokenTree:
@@ -88,44 +62,6 @@ def grow(
     )[0]
 
 
-class Level(NamedTuple):
-    """What ``LevelScorer.level`` is asked for, as one value."""
-
-    tokens: Tensor
-    parent_slots: Tensor
-    depth: int
-
-
-Growing: TypeAlias = Generator[Level, Tensor, TokenTree]
-"""A tree that grows: yields the level to be scored next, is sent ``[M, Vd]`` log-probabilities, returns the tree."""
-
-
-def grow_together(growths: Sequence[Growing], score: Callable[[dict[int, Level]], Sequence[Tensor]]) -> list[TokenTree]:
-    """Return the trees of several growths, which go on level by level in step.
-
-    Args:
-        growths: One a tree.
-        score: Scores the levels of those that still grow, by their index, in order.
-    """
-    trees: dict[int, TokenTree] = {}
-    levels: dict[int, Level] = {}
-
-    def advance(index: int, scored: Tensor | None) -> None:
-        try:
-            levels[index] = growths[index].send(scored)  # type: ignore[arg-type]  # None starts a generator
-        except StopIteration as grown:
-            trees[index] = grown.value
-
-    for index in range(len(growths)):
-        advance(index, None)
-    while levels:
-        asked, scored = list(levels), score(levels)
-        levels = {}
-        for index, log_probs in zip(asked, scored, strict=True):
-            advance(index, log_probs)
-    return [trees[index] for index in range(len(growths))]
-
-
 def growth(
     scorer: LevelScorer, shape: TreeShape, *, state: TargetState, temperature: float, generator: torch.Generator
 ) -> Growing:
@@ -139,9 +75,9 @@ def growth(
         ids = scorer.to_target(torch.arange(root.shape[-1], device=root.device))
         position, vocab_size = len(state.tokens), state.next_logits.shape[-1]
         foresight = Foresight(state.noise, position, ids, vocab_size, temperature)
-        return foresight.growth(_grow_dynamic(scorer, foresight.informed(root, 0), shape))
+        return foresight.growth(grow_dynamic(scorer, foresight.informed(root, 0), shape))
     if shape.kind in {"dynamic", "coupled"}:
-        return _grow_dynamic(scorer, root, shape)
+        return grow_dynamic(scorer, root, shape)
     walk = _TopologyWalk(root, shape)
     if shape.kind == "sampled":
         return _grow_sampled(scorer, walk, temperature if temperature > 0 else 1.0, generator)
@@ -323,61 +259,3 @@ class _TopologyWalk:
         return TokenTree(
             torch.cat(self._tokens), topology.parents, topology.depths, torch.cat(self._log_probs), draft_probs
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _numbering(width: int, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return, for every node that dynamic growth may score, the slot of its parent (-1 for the root) and its depth.
-
-    >>> [numbers.tolist() for numbers in _numbering(2, 2, torch.device("cpu"))]
-    [[-1, -1, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]]
-    """
-    parent_slots = [slot for slot in range(-1, (depth - 1) * width) for _ in range(width)]
-    depths = [1] * width + [level for level in range(2, depth + 1) for _ in range(width * width)]
-    return send_numbers(parent_slots, device), send_numbers(depths, device)
-
-
-def _grow_dynamic(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> Growing:
-    """Grow by cumulative log-probability, then keep the ``budget`` best nodes of all that were scored.
-
-    A node's cumulative log-probability is at most its parent's, so the kept set is always a tree. On the host growing
-    stops before ``depth`` when no descendant of the frontier can enter the kept set any more: the result is the same,
-    cheaper. A device would have to be waited for to know, so all levels are grown there.
-
-    A node's index counts all that were scored, level by level: ``width`` children of the root, then ``width`` of each
-    frontier node.
-    """
-    width, device = shape.top_k, root.device
-    parent_slot, depth_of = _numbering(width, shape.depth, device)
-    top = root.topk(width)
-    tokens, cumulative, own = [scorer.to_target(top.indices)], [top.values], [top.values]
-    frontier = torch.arange(-1, width, device=device)
-    inner = [frontier]  # the root, and all frontiers: what took slot s stands at s + 1
-    frontier, num_scored = frontier[1:], width
-    frontier_tokens, frontier_scores = tokens[0], top.values
-    for depth in range(1, shape.depth):
-        scored = yield Level(frontier_tokens, parent_slot.index_select(0, frontier), depth)
-        top = scored.topk(width, dim=-1)
-        ids = scorer.to_target(top.indices).flatten()
-        sums = (frontier_scores[:, None] + top.values).flatten()
-        tokens.append(ids)
-        cumulative.append(sums)
-        own.append(top.values.flatten())
-        best = sums.topk(width)
-        frontier = best.indices + num_scored
-        inner.append(frontier)
-        frontier_tokens, frontier_scores = ids.index_select(0, best.indices), best.values
-        num_scored += len(ids)
-        if not apart(device) and depth + 1 < shape.depth and num_scored >= shape.budget:
-            threshold = torch.cat(cumulative).topk(shape.budget).values[-1]
-            if bool(frontier_scores[0] < threshold):
-                break
-    # Stable descending sort: at equal scores a parent, which has the smaller index, stays before its child.
-    kept = torch.cat(cumulative).sort(descending=True, stable=True).indices[: shape.budget].sort().values
-    above = torch.cat(inner).index_select(0, parent_slot.index_select(0, kept) + 1)
-    parents = torch.searchsorted(kept, above, right=True) - 1  # -1 for the root, which is before all that were kept
-    depths = depth_of.index_select(0, kept)
-    ids, log_probs = torch.cat(tokens).index_select(0, kept), torch.cat(own).index_select(0, kept)
-    if apart(device):
-        return TokenTree(ids, Numbers(parents, shape.depth), Numbers(depths, shape.depth), log_probs)
-    return TokenTree(ids, parents.tolist(), depths.tolist(), log_probs)

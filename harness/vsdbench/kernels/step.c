@@ -13,6 +13,7 @@
  */
 
 #include "attention.h"
+#include "largest.h"
 
 /* Norm of rows [rows, count] of the dtype that is_bf16 says; work holds 2 * count floats. */
 void norm_rows(const void* x, const float* weight, int32_t rows, int32_t count, float eps, int32_t is_bf16, void* out,

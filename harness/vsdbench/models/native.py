@@ -129,6 +129,18 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return result
 
 
+def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` largest numbers of each row of ``[n, V]``, largest first, and their places."""
+    kernels = library()
+    if kernels is None or x.device.type != "cpu" or x.dtype is not torch.float32:
+        values, places = x.topk(count, dim=-1)
+        return values, places
+    x = x.contiguous()
+    values, places = x.new_empty(len(x), count), x.new_empty(len(x), count, dtype=torch.int64)
+    kernels.largest(x.data_ptr(), *x.shape, count, values.data_ptr(), places.data_ptr())
+    return values, places
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the kernels; None where they cannot be had (``why_not``)."""
@@ -233,8 +245,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     kernels.product.argtypes = [pointer, pointer, *[number] * 4, *[pointer] * 3, number]
     kernels.step.argtypes = [pointer, pointer]
     kernels.norm_rows.argtypes = [pointer, pointer, number, number, ctypes.c_float, number, pointer, pointer]
+    kernels.largest.argtypes = [pointer, number, number, number, pointer, pointer]
     kernels.workspace.argtypes, kernels.workspace.restype = [pointer, pointer], ctypes.c_int64
-    for function in (kernels.lay_out, kernels.product, kernels.step, kernels.norm_rows):
+    for function in (kernels.lay_out, kernels.product, kernels.step, kernels.norm_rows, kernels.largest):
         function.restype = None
     return kernels, None
 

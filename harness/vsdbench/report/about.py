@@ -8,7 +8,7 @@ from typing import Any
 from vsdbench.ablation.contest import other_objective
 from vsdbench.bench.paired import speedup_difference, tau_difference
 from vsdbench.models.source import describe
-from vsdbench.report.facts import Run
+from vsdbench.report.facts import Run, size_note
 from vsdbench.report.figures import mode_label
 from vsdbench.report.model import (
     Block,
@@ -174,8 +174,8 @@ def drafters_table(runs: Sequence[Run]) -> Table:
         title="Drafters",
         columns=("drafter", *(["run"] if len(runs) > 1 else []), "type", "objective", "tree", "recipe"),
         rows=tuple(rows),
-        note="Tree: kind, budget/depth/children per node; the budget counts the draft tokens that one target forward "
-        "verifies, without the root.",
+        note=f"Tree: kind, {size_note(tree for run in runs for tree in run.trees.values())}; the budget counts the "
+        "draft tokens that one target forward verifies, without the root.",
         num_left=5 + (len(runs) > 1),
         wide=True,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from vsdbench.bench.batches import PLAIN
 from vsdbench.report import plots
-from vsdbench.report.facts import Row, Run, merged, plotted
+from vsdbench.report.facts import Row, Run, merged, plotted, size_note, size_words
 from vsdbench.report.figures import COLUMN, acceptance_figure, batch_figure
 from vsdbench.report.model import (
     MISSING,
@@ -102,8 +102,9 @@ def budget(runs: Sequence[Run]) -> Section | None:
 
 def _trees_words(run: Run, groups: Mapping[str, Sequence[tuple[str, int]]]) -> str:
     """Return the whole trees, since those of larger budgets may be deeper too."""
-    trees = dict.fromkeys(run.trees[method].split()[1] for members in groups.values() for method, _ in members)
-    return f"Trees, as budget/depth/children per node: {', '.join(trees)}."
+    names = [method for members in groups.values() for method, _ in members]
+    trees = dict.fromkeys(run.trees[name].split(maxsplit=1)[1] for name in names)
+    return f"Trees, as {size_note(trees)}: {', '.join(trees)}."
 
 
 def chosen_trees(runs: Sequence[Run]) -> Section | None:
@@ -111,6 +112,7 @@ def chosen_trees(runs: Sequence[Run]) -> Section | None:
     found = [(run, row, tree) for run in runs for row in run.rows if (tree := _chosen(run, row)) is not None]
     if not found:
         return None
+    note = size_note(size_words(tree["tree"]) for _, _, tree in found)
     text = (
         "An automatic tree is chosen before a run, on prompts outside the suite: by what trees of all sizes would have "
         "kept there, by what steps cost on this machine, and by decoding with the best of them. What it promises for "
@@ -122,14 +124,13 @@ def chosen_trees(runs: Sequence[Run]) -> Section | None:
         columns=("drafter", "T", "tree", "τ predicted", "τ measured", "speedup predicted", "speedup measured"),
         rows=tuple(
             (
-                words(row["drafter"]), words(f"{row['temperature']:g}"), words(_size(tree["tree"])),
+                words(row["drafter"]), words(f"{row['temperature']:g}"), words(size_words(tree["tree"])),
                 number(tree["predicted_tau"]), estimate(row["tau"], row["tau_ci"]),
                 number(tree["predicted_speedup"]), estimate(_over_plain(row)["value"], _over_plain(row)["ci"]),
             )
             for _, row, tree in found
         ),
-        note="Speedups over plain decoding by the same engine; brackets: 95 % intervals over prompts. Tree: "
-        "budget/depth/children per node.",
+        note=f"Speedups over plain decoding by the same engine; brackets: 95 % intervals over prompts. Tree: {note}.",
         num_left=3,
         wide=True,
     )  # fmt: skip
@@ -145,10 +146,6 @@ def _chosen(run: Run, row: Row) -> Mapping[str, Any] | None:
 def _over_plain(row: Row) -> Mapping[str, Any]:
     speedup: Mapping[str, Any] = row["speedups"].get(PLAIN, {"value": None, "ci": None})
     return speedup
-
-
-def _size(tree: Mapping[str, Any]) -> str:
-    return f"{tree['budget']}/{tree['depth']}/{tree['top_k']}"
 
 
 def budget_groups(run: Run) -> dict[str, list[tuple[str, int]]]:

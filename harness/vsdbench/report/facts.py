@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +22,30 @@ from vsdbench.bench.summary import Summary, summarise_frames
 from vsdbench.store.batches import load_batches
 from vsdbench.store.examples import Examples, load_examples
 from vsdbench.store.frames import to_frames
+from vsdbench.store.records import Tree
 from vsdbench.store.store import CONFIG, RECORDS, load_manifest, load_records
 
 Row = dict[str, Any]
 Mode = tuple[str, float]
 MAX_ARMS = 8
 """Lines that can be told apart in one plot."""
+
+
+def size_note(sizes: Iterable[str]) -> str:
+    """Return what stands behind a table with sizes of trees (``size_words``)."""
+    least = "behind ≥ the least probability of a node that is sent and of a level that is drafted"
+    return f"budget/depth/children per node{f', {least}' if any('≥' in size for size in sizes) else ''}"
+
+
+def size_words(tree: Mapping[str, Any]) -> str:
+    """Return a tree's size, and from which probabilities on it has nodes and levels.
+
+    >>> size_words({"budget": 8, "depth": 6, "top_k": 4, "min_node_prob": 0.1, "min_level_prob": 0.5})
+    '8/6/4 ≥ 0.1/0.5'
+    """
+    size = "/".join(f"{tree[name]:.0f}" for name in ("budget", "depth", "top_k"))
+    least = [tree.get(name, 0.0) for name in ("min_node_prob", "min_level_prob")]
+    return f"{size} ≥ {least[0]:g}/{least[1]:g}" if any(least) else size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +105,11 @@ class Run:
 
     @cached_property
     def trees(self) -> dict[str, str]:
-        """``kind budget/depth/top_k`` of each drafter, as its records have it."""
+        """``kind budget/depth/top_k`` of each drafter, as its records have it (``size_words``)."""
         trees = self.frames[0].dropna(subset=["tree_kind"]).drop_duplicates("method")
-        columns = (trees[name] for name in ("method", "tree_kind", "tree_budget", "tree_depth", "tree_top_k"))
         return {
-            str(method): f"{kind} {budget:.0f}/{depth:.0f}/{top_k:.0f}"
-            for method, kind, budget, depth, top_k in zip(*columns, strict=True)
+            str(row["method"]): f"{row['tree_kind']} {size_words({n: row[f'tree_{n}'] for n in Tree.model_fields})}"
+            for row in trees.to_dict("records")
         }
 
     @cached_property

@@ -11,10 +11,19 @@ import hashlib
 import json
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, Protocol, Self, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from vsdbench.decoding.interfaces import without_thresholds
 from vsdbench.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -121,6 +130,12 @@ class Tree(Model):
     budget: Count
     depth: Count
     top_k: Count
+    min_node_prob: NonNegative = 0.0
+    min_level_prob: NonNegative = 0.0
+
+    @model_serializer(mode="wrap")
+    def _no_thresholds_go_without_saying(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_thresholds(write(self))
 
 
 class Calibration(Model):

@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from vsdbench import registry
 from vsdbench.config import Config
-from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule
+from vsdbench.decoding.interfaces import ShapeKind, TreeShape, VerifyRule, without_thresholds
 from vsdbench.errors import ConfigError, said_of
 from vsdbench.suites.sources import Name, Sha256, Source
 
@@ -66,12 +66,17 @@ class TreeConfig(Config):
         budget: Draft tokens, at most (7; 32 for ``auto``).
         depth: Longest path (4; 6 for ``auto``).
         top_k: Children a node (4; 8 for ``auto``).
+        min_node_prob: Of ``dynamic`` and ``coupled``: a node is sent only if the drafter gives its path as much
+            probability (0: as many are sent as the budget holds).
+        min_level_prob: Of the same: a level is drafted only below nodes of as much probability together (0: all are).
     """
 
     kind: Literal[ShapeKind, "auto"] = "dynamic"
     budget: int = Field(default=7, ge=1)
     depth: int = Field(default=4, ge=1)
     top_k: int = Field(default=4, ge=1)
+    min_node_prob: float = Field(default=0.0, ge=0, lt=1)
+    min_level_prob: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -84,13 +89,27 @@ class TreeConfig(Config):
     def shape(self) -> TreeShape:
         """Return it as a shape; for ``auto`` the largest that is considered."""
         kind: ShapeKind = "dynamic" if self.kind == "auto" else self.kind
-        return TreeShape(kind=kind, budget=self.budget, depth=self.depth, top_k=self.top_k)
+        return TreeShape(**(self.model_dump() | {"kind": kind}))
 
     @model_validator(mode="after")
     def _depth_fits_the_budget(self) -> TreeConfig:
         if self.depth > self.budget:
             raise ValueError(f"depth {self.depth} does not fit a budget of {self.budget} draft tokens")
         return self
+
+    @model_validator(mode="after")
+    def _only_growing_trees_have_thresholds(self) -> TreeConfig:
+        if (self.min_node_prob or self.min_level_prob) and self.kind not in {"dynamic", "coupled"}:
+            why = "finds its own" if self.kind == "auto" else "does not grow by probabilities"
+            raise ValueError(
+                f"a tree of kind '{self.kind}' {why}: min_node_prob and min_level_prob are for 'dynamic' and 'coupled'"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _no_thresholds_go_without_saying(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave what is 0 out, so that runs from before there were thresholds are still the same runs."""
+        return without_thresholds(write(self))
 
 
 class DrafterEntry(Config):
