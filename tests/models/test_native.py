@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tests.decoding.tiny import make_model, make_prompt, tree_of
@@ -82,6 +83,21 @@ def test_drafts_are_rounded_and_targets_are_not():
     exact, rounded = linear(x.double(), weight.double()), linear(x.double(), weight.bfloat16().double())
     assert close(Product(weight)(x), exact, torch.float32)
     assert close(Product(weight, narrow=True)(x), rounded, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [1, 5, 16, 31, 1000])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_what_is_expected_of_a_draw_is_torchs(width, temperature):
+    scores = 4 * numbers(3, width, dtype=torch.float32)
+    high = np.random.default_rng(width).integers(0, 2**32, 3 * width, dtype=np.uint32)
+    high[:3] = 0, 2**32 - 1, 2**27  # the largest noise, the smallest, and where a series takes over
+    ids = torch.arange(width) * 2 % (3 * width)
+    uniform = (torch.from_numpy(high.astype(np.float64))[ids] + 0.5) * 2.0**-32
+    noise = -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+    expected = torch.log_softmax(scores.double() / temperature + 0.7 * noise, dim=-1)
+    found = native.informed(scores, high, ids, temperature, 0.7)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("width", [1, 5, 255, 256, 257, 1000, 16_384])

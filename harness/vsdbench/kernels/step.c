@@ -13,6 +13,7 @@
  */
 
 #include "attention.h"
+#include "coupling.h"
 #include "largest.h"
 
 /* Norm of rows [rows, count] of the dtype that is_bf16 says; work holds 2 * count floats. */

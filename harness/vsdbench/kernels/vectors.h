@@ -91,6 +91,27 @@ INLINE vec exponential(vec x) {
     return sum * (vec)power;
 }
 
+/* The logarithm of normal numbers above 0: the power by its bits, the rest by a polynomial; off by 2 units at most. */
+INLINE vec logarithm(vec x) {
+    ints power = (ints)((bits)x >> 23) - 126;
+    vec rest = (vec)(((bits)x & 0x007fffff) | 0x3f000000); /* from 1/2 to 1 */
+    ints below = rest < 0.707106781186547524f;
+    power += below; /* which is -1 where it holds */
+    rest = rest + (vec)((ints)rest & below) - 1.0f;
+    vec sum = (vec){} + 7.0376836292e-2f;
+    sum = sum * rest - 1.1514610310e-1f;
+    sum = sum * rest + 1.1676998740e-1f;
+    sum = sum * rest - 1.2420140846e-1f;
+    sum = sum * rest + 1.4249322787e-1f;
+    sum = sum * rest - 1.6668057665e-1f;
+    sum = sum * rest + 2.0000714765e-1f;
+    sum = sum * rest - 2.4999993993e-1f;
+    sum = sum * rest + 3.3333331174e-1f;
+    vec square = rest * rest, whole = __builtin_convertvector(power, vec);
+    sum = sum * rest * square + whole * -2.12194440e-4f - 0.5f * square;
+    return rest + sum + whole * 0.693359375f;
+}
+
 INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
 INLINE float total(vec x) {

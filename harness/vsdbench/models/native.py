@@ -27,7 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
@@ -50,6 +52,8 @@ _AS_GOOD = 1.1
 their products, and a row does not depend on others."""
 _TURNS, _CLEARLY = 6, 0.75
 """Turns of a measurement, and the share of others' time that needs no more of them."""
+MOST_LANES = 16
+"""Numbers of the widest register."""
 _OPERATIONS = {"": 0, "add": 1, "mul": 2}
 _ACTIVATIONS = {"none": 0, "swish": 1}
 
@@ -139,6 +143,30 @@ def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, places = x.new_empty(len(x), count), x.new_empty(len(x), count, dtype=torch.int64)
     kernels.largest(x.data_ptr(), *x.shape, count, values.data_ptr(), places.data_ptr())
     return values, places
+
+
+def informed(
+    scores: Tensor, numbers: NDArray[np.uint32], ids: Tensor, temperature: float, weight: float
+) -> Tensor | None:
+    """Return ``log_softmax(scores / temperature + weight * noise)``; None where there are no kernels for it.
+
+    Args:
+        scores: ``[..., Vd]`` float32.
+        numbers: ``[V]``, which the noise is made of (``decoding.sampling.Uniforms``).
+        ids: ``[Vd]`` int64, where in ``numbers`` each score's own is.
+        temperature: Above 0.
+        weight: Of the noise.
+    """
+    kernels = library()
+    if kernels is None or scores.device.type != "cpu" or scores.dtype is not torch.float32:
+        return None
+    scores, count = scores.contiguous(), scores.shape[-1]
+    result, work = torch.empty_like(scores), scores.new_empty(2 * (count + MOST_LANES))
+    kernels.informed(
+        scores.data_ptr(), scores.numel() // count, count, numbers.ctypes.data, ids.data_ptr(),
+        1 / temperature, weight, work.data_ptr(), result.data_ptr(),
+    )  # fmt: skip
+    return result
 
 
 @functools.cache
@@ -240,15 +268,16 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         said = str(getattr(error, "stderr", None) or error).strip().splitlines()
         line = next((line for line in said if "error" in line), said[-1])
         return None, f"they cannot be compiled or loaded: {line}"
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
     kernels.lay_out.argtypes = [pointer, pointer, number, number, number]
     kernels.product.argtypes = [pointer, pointer, *[number] * 4, *[pointer] * 3, number]
     kernels.step.argtypes = [pointer, pointer]
-    kernels.norm_rows.argtypes = [pointer, pointer, number, number, ctypes.c_float, number, pointer, pointer]
+    kernels.norm_rows.argtypes = [pointer, pointer, number, number, real, number, pointer, pointer]
     kernels.largest.argtypes = [pointer, number, number, number, pointer, pointer]
+    kernels.informed.argtypes = [pointer, number, number, pointer, pointer, real, real, pointer, pointer]
     kernels.workspace.argtypes, kernels.workspace.restype = [pointer, pointer], ctypes.c_int64
-    for function in (kernels.lay_out, kernels.product, kernels.step, kernels.norm_rows, kernels.largest):
-        function.restype = None
+    for name in ("lay_out", "product", "step", "norm_rows", "largest", "informed"):
+        getattr(kernels, name).restype = None
     return kernels, None
 
 
