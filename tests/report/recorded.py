@@ -24,7 +24,7 @@ RUNS = {
     "contest-hour": "contest-hour-cpu-2026-11-26",
     "contest-grounded": "contest-grounded-cpu-2026-11-27",
     "trees": "trees-cpu-2026-11-27",
-    "trees-native": "trees-fp32-cpu-2026-11-27",
+    "trees-native": "trees-fp32-cpu-2026-11-28",
     "pictures": "pictures-cpu-2026-11-27",
     "ablation-pictures": "ablation-pictures-cpu-2026-11-26",
     "ablation-pictures-vispec": "ablation-pictures-vispec-cpu-2026-11-27",
