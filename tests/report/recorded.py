@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 RUNS = {
     "quickstart": "quickstart-cpu-2026-11-27",
-    "quickstart-native": "quickstart-fp32-cpu-2026-11-27",
+    "quickstart-native": "quickstart-fp32-cpu-2026-11-28",
     "mtbench-hour": "mtbench-hour-cpu-2026-11-26",
     "ablation-hour": "ablation-hour-cpu-2026-11-25",
     "contest-hour": "contest-hour-cpu-2026-11-26",
