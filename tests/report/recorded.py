@@ -227,6 +227,13 @@ def signed(value):
     return f"+{text}" if value > 0 and text != "0.0" else text
 
 
+def size_of(tree):
+    """A tree's size, and from which probabilities on it has nodes and levels, if it has such."""
+    size = f"{tree['budget']}/{tree['depth']}/{tree['top_k']}"
+    node, level = tree.get("min_node_prob", 0), tree.get("min_level_prob", 0)
+    return f"{size} ≥ {node:g}/{level:g}" if node or level else size
+
+
 def counted(value):
     """A whole number, thousands set apart."""
     return f"{value:,}".replace(",", "\u202f")

@@ -35,6 +35,7 @@ from tests.report.recorded import (
     manifest,
     methods,
     reference,
+    size_of,
     table,
     tables,
     temperatures,
@@ -244,7 +245,7 @@ def test_what_drafted(name):
         method, tree = methods(name)[row["drafter"]], chosen(name, row["drafter"], 0)[0]["tree"]
         assert row["type"] == types[row["drafter"]]
         assert row["objective"] == (method["objective"] or DASH)
-        assert row["tree"] == f"{tree['kind']} {tree['budget']}/{tree['depth']}/{tree['top_k']}"
+        assert row["tree"] == f"{tree['kind']} {size_of(tree)}"
         assert row["recipe"] == method["training"].get("recipe", DASH)
 
 
@@ -258,9 +259,8 @@ def test_what_was_predicted_of_automatic_trees(name):
         table(name, "trees") if expected else [], expected, strict=True
     ):
         own, plain = of[drafter, temperature], chosen(name, "autoregressive", temperature)
-        size = own[0]["tree"]
         assert (row["drafter"], row["T"]) == (drafter, f"{temperature:g}")
-        assert row["tree"] == f"{size['budget']}/{size['depth']}/{size['top_k']}"
+        assert row["tree"] == size_of(own[0]["tree"])
         assert same(row["τ predicted"], predicted["predicted_tau"])
         assert same(row["speedup predicted"], predicted["predicted_speedup"])
         assert same(row["τ measured"], tau(own))

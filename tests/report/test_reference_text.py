@@ -42,6 +42,7 @@ from tests.report.recorded import (
     manifest,
     prose,
     reference,
+    size_of,
     source,
     spelled,
     temperatures,
@@ -171,8 +172,10 @@ def of_trees(name):
         yield f"{drafter} has {small} draft tokens and {large}; its speedup goes from {slow} to {fast}."
     measured = [of for members in trees(name).values() for _, of in members]
     whole = [chosen(name, of, temperatures(name)[0])[0]["tree"] for of in measured]
-    if told := dict.fromkeys(f"{tree['budget']}/{tree['depth']}/{tree['top_k']}" for tree in whole):
-        yield f" Trees, as budget/depth/children per node: {', '.join(told)}."
+    if told := dict.fromkeys(size_of(tree) for tree in whole):
+        least = ", behind ≥ the least probability of a node that is sent and of a level that is drafted"
+        least = least if any("≥" in size for size in told) else ""
+        yield f" Trees, as budget/depth/children per node{least}: {', '.join(told)}."
 
 
 def of_an_ablation(name):
