@@ -108,7 +108,7 @@ def test_the_largest_are_those_of_a_sort_the_first_of_equals_first(width, count)
     x[1] = (4 * x[1]).round()  # many are equal
     x[2] = x[2].sort().values  # each is larger than all before it
     x[3, ::2] = -torch.inf
-    values, places = native.largest(x, count)
+    values, places = native.top_k(x, count)
     expected = x.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(values, expected.values[:, :count])
     if native.library() is not None:

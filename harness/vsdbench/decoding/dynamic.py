@@ -17,7 +17,7 @@ from vsdbench.decoding.growing import Level
 from vsdbench.decoding.interfaces import TokenTree
 from vsdbench.decoding.structure import Numbers
 from vsdbench.models.device import apart, send_numbers
-from vsdbench.models.native import largest
+from vsdbench.models.native import top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def _grow_watched(scorer: LevelScorer, root: Tensor, shape: TreeShape) -> Growin
     scored, frontier, slots = root[None], [-1], {-1: -1}
     for depth in range(1, shape.depth + 1):
         first = len(tokens)
-        values, places = largest(scored, width)
+        values, places = top_k(scored, width)
         for node, ids, logs in zip(frontier, scorer.to_target(places).tolist(), values.tolist(), strict=True):
             above = sums[node] if node >= 0 else 0.0
             tokens += ids

@@ -52,7 +52,7 @@ _AS_GOOD = 1.1
 their products, and a row does not depend on others."""
 _TURNS, _CLEARLY = 6, 0.75
 """Turns of a measurement, and the share of others' time that needs no more of them."""
-MOST_LANES = 16
+_LANES = 16
 """Numbers of the widest register."""
 _OPERATIONS = {"": 0, "add": 1, "mul": 2}
 _ACTIVATIONS = {"none": 0, "swish": 1}
@@ -133,7 +133,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return result
 
 
-def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` largest numbers of each row of ``[n, V]``, largest first, and their places."""
     kernels = library()
     if kernels is None or x.device.type != "cpu" or x.dtype is not torch.float32:
@@ -161,7 +161,7 @@ def informed(
     if kernels is None or scores.device.type != "cpu" or scores.dtype is not torch.float32:
         return None
     scores, count = scores.contiguous(), scores.shape[-1]
-    result, work = torch.empty_like(scores), scores.new_empty(2 * (count + MOST_LANES))
+    result, work = torch.empty_like(scores), scores.new_empty(2 * (count + _LANES))
     kernels.informed(
         scores.data_ptr(), scores.numel() // count, count, numbers.ctypes.data, ids.data_ptr(),
         1 / temperature, weight, work.data_ptr(), result.data_ptr(),
