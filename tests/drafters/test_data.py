@@ -14,13 +14,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vsdbench.errors import ConfigError
+from vsdbench.models.fused import FusedLayers
+from vsdbench.models.packed import can_pack, pack
 from vsdbench_drafters.training import data as data_module
 from vsdbench_drafters.training import generate
 from vsdbench_drafters.training.answers import shared_prefix
-from vsdbench_drafters.training.data import DataConfig, data_key, ensure_data, estimate_seconds
+from vsdbench_drafters.training.data import DataConfig, data_key, ensure_data
 from vsdbench_drafters.training.grounded import GROUNDED_VERSION
+from vsdbench_drafters.training.kept import Keeps
 from vsdbench_drafters.training.prompts import Article, split_of
 from vsdbench_drafters.training.shards import Answer, DataFolder
+from vsdbench_drafters.training.spool import FeatureSpool
 
 ARTICLES = [Article(f"Topic{i:03d}", f"It was found in {1000 + i}.") for i in range(300)]
 CONFIG = DataConfig(num_tokens=900, max_new_tokens=24, max_prompt_tokens=400, slots=8, num_heldout=5, seed=4)
@@ -153,6 +157,40 @@ def test_interrupted_run_continues_to_the_same_data(target, tmp_path, monkeypatc
     assert len(answered) <= len(expected.sequences) + len(expected.heldout) + 3 * CONFIG.slots - kill_after
 
 
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="no packed products in this torch")
+@pytest.mark.parametrize("kill_after", [9, 30])
+def test_features_come_with_the_answers_whatever_happens_in_between(tmp_path, monkeypatch, kill_after):
+    target = ByteTarget()
+    pack(target.model)
+    decoder = target.model.get_decoder()
+    target.fused_layers = FusedLayers(decoder, decoder.layers, target.model.config)
+    monkeypatch.setattr(data_module, "_SHARD_SEQUENCES", 4)
+    folder, keeps = tmp_path / "spool", Keeps((1, 0, 1))
+    stream = generate.SlotGenerator.stream
+
+    def killed(self, requests, **more):
+        for count, response in enumerate(stream(self, requests, **more)):
+            if count == kill_after:
+                raise KeyboardInterrupt
+            yield response
+
+    monkeypatch.setattr(generate.SlotGenerator, "stream", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(target, spool=FeatureSpool(folder, keeps))
+    monkeypatch.setattr(generate.SlotGenerator, "stream", stream)
+    made = make(target, spool=FeatureSpool(folder, keeps))
+    width = 4 * target.model.config.hidden_size
+    found = dict(FeatureSpool(folder, keeps).take([s.ids for s in made.sequences], torch.float32, width, (2, 2, 1, 8)))
+    assert sorted(found) == list(range(len(made.sequences)))
+    for index, features in found.items():
+        ids = torch.tensor([made.sequences[index].ids.astype(np.int64).tolist()])
+        with torch.no_grad():
+            output = ByteTarget().model.model(input_ids=ids, output_hidden_states=True)
+        entering = [output.hidden_states[layer] for layer in (1, 0, 1)]
+        expected = torch.cat([*entering, output.last_hidden_state], dim=-1)[0]
+        torch.testing.assert_close(features.states, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_torn_shard_and_torn_result_are_made_again(target):
     expected = make(target)
     before = as_lists(expected.sequences)  # read now: the map does not survive the truncation
@@ -262,11 +300,6 @@ def test_progress_counts_answers_that_are_under_way(target, monkeypatch):
     assert max(counts) == CONFIG.num_tokens
     assert len(set(counts)) > 2 * len(made.sequences)  # not only where an answer ends
     assert all(rate > 0 for _, rate in done)
-
-
-def test_estimate():
-    config = DataConfig(num_tokens=1000, num_heldout=10, max_new_tokens=20)
-    assert estimate_seconds(config, 100.0) == pytest.approx(11.0)
 
 
 def test_large_vocabularies_keep_their_ids(tmp_path):

@@ -19,11 +19,13 @@ from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models.branching import branch_states
 from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.training import feature_files
-from vsdbench_drafters.training import train as train_module
+from vsdbench_drafters.training.feature_choice import feature_source
 from vsdbench_drafters.training.feature_files import cached_features
-from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures
+from vsdbench_drafters.training.features import BatchMaker, Features, OnlineFeatures
+from vsdbench_drafters.training.kept import Keeps
 from vsdbench_drafters.training.loop import TrainingLoop
 from vsdbench_drafters.training.recipe import RecipeConfig, TrainingConfig
+from vsdbench_drafters.training.spool import FeatureSpool
 from vsdbench_drafters.training.train import estimate
 
 SEQUENCES = [Sequence(make_prompt(n, i), p) for i, (n, p) in enumerate([(14, 5), (20, 8), (9, 3), (16, 4)])]
@@ -123,6 +125,60 @@ def test_keys_have_a_file_of_their_own_and_share_the_forwards(tmp_path, target):
         assert torch.equal(read.read([i]).keys[0], once.read([i]).keys[0])
     key_file = next(path for path in apart.iterdir() if path.suffix == ".keys")
     assert key_file.stat().st_size == total * 4 * 2 * 2 * 8 * 8  # layers, both, key-value heads, width, float64
+
+
+def spooled(tmp_path, target, sequences, keeps):
+    """A spool of two chunks with the features of sequences, in no particular order and with others among them."""
+    spool = FeatureSpool(tmp_path / "spool", keeps)
+    for chunk in (sequences[1:], sequences[:1]):
+        for sequence in chunk:
+            found = OnlineFeatures(target, [sequence], keys=keeps.keys).read([0])
+            spool.add(sequence.ids, Features(found.states + 1, tuple(key + 2 for key in found.keys)))
+        spool.add([1, 2, 3], Features(found.states[:3], tuple(key[..., :3, :] for key in found.keys)))
+        spool.close()
+    return spool
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_what_was_kept_while_answers_were_made_is_not_computed_again(tmp_path, target, keys):
+    spool = spooled(tmp_path, target, SEQUENCES[1:], Keeps(target.feature_layers, keys=keys))
+    (spool.folder / "left.states").write_bytes(b"by a killed process")
+    done, online = [], OnlineFeatures(target, SEQUENCES, keys=keys)
+    make = {"fingerprint": "d", "progress": done.append, "spool": spool, "keys": keys}
+    cached = cached_features(target, SEQUENCES, tmp_path / "features", **make)
+    assert sum(done) == sum(len(s.ids) for s in SEQUENCES)
+    for index in range(4):
+        found, expected = cached.read([index]), online.read([index])
+        torch.testing.assert_close(found.states, expected.states + (index > 0), rtol=1e-9, atol=1e-9)
+        for key, as_read in zip(found.keys, expected.keys, strict=True):
+            torch.testing.assert_close(key, as_read + 2 * (index > 0), rtol=1e-9, atol=1e-9)
+    assert not spool.folder.exists()
+
+
+@pytest.mark.parametrize("wrong", ["layers", "keys", "cut"])
+def test_what_was_kept_but_does_not_fit_is_computed(tmp_path, target, wrong):
+    layers = target.feature_layers
+    spool = spooled(tmp_path, target, SEQUENCES, Keeps(layers[::-1] if wrong == "layers" else layers))
+    wanted = FeatureSpool(spool.folder, Keeps(layers, keys=wrong == "keys"))
+    for path in spool.folder.glob("*.states" if wrong == "cut" else "nothing"):
+        path.write_bytes(path.read_bytes()[:-8])
+    cached = cached_features(
+        target, SEQUENCES, tmp_path / "features", fingerprint="d", keys=wrong == "keys", spool=wanted
+    )
+    online = OnlineFeatures(target, SEQUENCES)
+    torch.testing.assert_close(cached.read([2]).states, online.read([2]).states, rtol=1e-9, atol=1e-9)
+    assert not spool.folder.exists()
+
+
+def test_a_full_disk_while_answers_are_made(tmp_path, target, monkeypatch):
+    found = OnlineFeatures(target, SEQUENCES).read([0])
+
+    def full(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "open", full)
+    with pytest.raises(EnvironmentProblemError, match="is full"):
+        FeatureSpool(tmp_path / "spool", Keeps(target.feature_layers)).add(SEQUENCES[0].ids, found)
 
 
 def test_another_dtype_target_data_or_attention_has_other_files(tmp_path, target, monkeypatch):
@@ -242,7 +298,7 @@ def test_what_a_recipe_keeps(tmp_path, monkeypatch, chosen, family, kept):
     stream = io.StringIO()
     console = Console(file=stream, width=300)
     data = SimpleNamespace(sequences=Sequences(SEQUENCES), fingerprint="d")
-    source = train_module._source(chosen, make_target(family), data, console)
+    source = feature_source(chosen, make_target(family), data, console)
     assert bool(source.read([0]).keys) == kept
     said = "more than training.keys_gb=1e-06" in stream.getvalue()
     assert said == (chosen.training.keys_gb == 1e-6)

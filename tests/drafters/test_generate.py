@@ -21,6 +21,7 @@ from vsdbench.models.packed import can_pack, pack
 from vsdbench_drafters.training import slots as slots_module
 from vsdbench_drafters.training.answers import Request, ends_in_loop
 from vsdbench_drafters.training.generate import SlotGenerator
+from vsdbench_drafters.training.kept import Keeps
 from vsdbench_drafters.training.sampling import pick_tokens
 
 VOCABULARY = 97
@@ -141,6 +142,36 @@ def test_native_layers_say_the_same(kind, prefix, most_rows, monkeypatch):
         monkeypatch.setattr(fused, "run", None)  # the kernels do all of it
     found = slot_wise(model, prompts, prefix=prefix, slots=8, max_new_tokens=40, fused=fused)
     assert [found[index].response_ids.tolist() for index in range(len(prompts))] == expected
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="no packed products in this torch")
+@pytest.mark.parametrize("native_rows", [0, 3, 256])
+@pytest.mark.parametrize("prefix", [(), (5, 6, 7)], ids=["no-prefix", "prefix"])
+def test_kept_features_are_those_of_a_forward(prefix, native_rows, monkeypatch):
+    model, prompts = make_model(head_dim=16), make_prompts(24, prefix)
+    plain, answers = make_model(head_dim=16), slot_wise(model, prompts, prefix=prefix, slots=8, loop_repeats=2)
+    pack(model)
+    decoder = model.get_decoder()
+    fused = FusedLayers(decoder, decoder.layers, model.config)
+    if fused.native is None and native_rows:
+        pytest.skip("no native kernels")
+    if fused.native is not None:
+        monkeypatch.setattr(fused.native, "most_rows", native_rows)
+    more = {"prefix": prefix, "slots": 8, "loop_repeats": 2, "fused": fused}
+    found = slot_wise(model, prompts, keeps=Keeps((2, 1, 1), keys=True), **more)
+    assert slot_wise(model, prompts, keeps=Keeps((2, 1, 1)), **more)[3].features.keys == ()
+    assert len(found) == len(prompts)
+    for index, response in found.items():
+        assert response.response_ids.tolist() == answers[index].response_ids.tolist()
+        assert response.stop_reason == answers[index].stop_reason
+        ids = torch.tensor([[*prompts[index], *response.response_ids.tolist()]])
+        with torch.no_grad():
+            output = plain.model(input_ids=ids, output_hidden_states=True, use_cache=True)
+        entering = [output.hidden_states[layer] for layer in (2, 1, 1)]
+        expected = torch.cat([*entering, output.last_hidden_state], dim=-1)[0]
+        torch.testing.assert_close(response.features.states, expected, rtol=1e-3, atol=1e-3)
+        for kept, layer in zip(response.features.keys[0], output.past_key_values.layers, strict=True):
+            torch.testing.assert_close(kept, torch.stack([layer.keys[0], layer.values[0]]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 32])

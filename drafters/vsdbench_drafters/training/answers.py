@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from vsdbench_drafters.training.features import Features
     from vsdbench_drafters.training.prompts import Message
 
 StopReason = Literal["eos", "length", "loop"]
@@ -36,11 +37,19 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer; ``response_ids`` is ``[n]`` int32 and ends with the EOS token where ``stop_reason`` is ``eos``."""
+    """An answer.
+
+    Attributes:
+        request: What was asked.
+        response_ids: ``[n]`` int32; ends with the EOS token where ``stop_reason`` is ``eos``.
+        stop_reason: Why it ends.
+        features: Those of prompt and answer, where they were kept.
+    """
 
     request: Request
     response_ids: NDArray[np.int32]
     stop_reason: StopReason
+    features: Features | None = None
 
 
 class Encoder(Protocol):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.generate import Layers, SlotGenerator
     from vsdbench_drafters.training.prompts import Article
+    from vsdbench_drafters.training.spool import FeatureSpool
 
 _SHARD_SEQUENCES = 128
 _MAX_SKIPPED = 1000
@@ -116,16 +117,6 @@ class DataTarget(Encoder, Protocol):
     def template_hash(self) -> str: ...  # noqa: D102
 
 
-def estimate_seconds(config: DataConfig, tokens_per_s: float) -> float:
-    """Return how long making the data takes at a measured decoding speed, held-out answers included.
-
-    Args:
-        config: Held-out answers are taken to be half as long as allowed.
-        tokens_per_s: Response tokens a second, prefill included.
-    """
-    return (config.num_tokens + config.num_heldout * config.max_new_tokens / 2) / tokens_per_s
-
-
 def data_key(config: DataConfig, target: DataTarget) -> str:
     """Return the hash of everything that determines the data; known before it is made."""
     return content_hash(
@@ -147,6 +138,7 @@ def ensure_data(
     console: Console | None = None,
     articles: Sequence[Article] | None = None,
     excluded: frozenset[str] | None = None,
+    spool: FeatureSpool | None = None,
 ) -> TrainingData:
     """Return the data, from the cache or made now.
 
@@ -156,6 +148,7 @@ def ensure_data(
         console: Where progress goes, and for whom this process waits if another one makes them; None: it does not wait.
         articles: In place of the fetched ones.
         excluded: Hashes of prompts that must not be used; None means those of every evaluation suite.
+        spool: Gets the features of the answers that are made now, where the target's layers hand them out.
 
     Raises:
         ConfigError: No prompt fits into ``max_prompt_tokens``, or another process makes them and there is no console.
@@ -164,7 +157,7 @@ def ensure_data(
     folder = DataFolder(cache_dir() / "data" / data_key(config, target))
     if (data := folder.open()) is None:
         with folder.lock(console):
-            data = folder.open() or _make(config, target, folder, console, articles, excluded)
+            data = folder.open() or _make(config, target, folder, console, articles, excluded, spool)
     return with_images(data, config, target.encode_chat)
 
 
@@ -175,6 +168,7 @@ def _make(  # noqa: PLR0917 - what ``ensure_data`` was given
     console: Console | None,
     articles: Sequence[Article] | None,
     excluded: frozenset[str] | None,
+    spool: FeatureSpool | None,
 ) -> TrainingData:
     """Return the data, made now in a folder that this process holds."""
     if articles is None:
@@ -183,7 +177,9 @@ def _make(  # noqa: PLR0917 - what ``ensure_data`` was given
         from vsdbench.suites.loaders import evaluation_prompt_hashes  # noqa: PLC0415 - loads every suite
 
         excluded = evaluation_prompt_hashes()
-    maker = _Maker(config, target, folder, articles, excluded or frozenset())
+    if target.fused_layers is None or config.shows_images:
+        spool = None
+    maker = _Maker(config, target, folder, prompt_sources(config, articles, excluded or frozenset()), spool)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -214,13 +210,14 @@ class _Maker:
         config: DataConfig,
         target: DataTarget,
         folder: DataFolder,
-        articles: Sequence[Article],
-        excluded: frozenset[str],
+        prompts: tuple[Prompts, Prompts],
+        spool: FeatureSpool | None,
     ) -> None:
         self._config = config
         self._target = target
         self._folder = folder
-        self._train, self._heldout = prompt_sources(config, articles, excluded)
+        self._spool = spool
+        self._train, self._heldout = prompts
         self._prefix = [] if config.shows_images else shared_prefix(target)
         self._answers: dict[int, Answer] = {}
         self._seen: set[bytes] = set()
@@ -247,7 +244,10 @@ class _Maker:
             try:
                 for response in generator.stream(self._requests(), tick=partial(tell, generator)):
                     self._num[_split(response.request.index)].in_flight -= 1
-                    self._keep(_answer(response))
+                    answer = _answer(response)
+                    if self._spool is not None and response.features is not None and _split(answer.key) == "train":
+                        self._spool.add(answer.ids, response.features)
+                    self._keep(answer)
             finally:
                 made += generator.num_made
                 for tally in self._num.values():
@@ -270,6 +270,7 @@ class _Maker:
             loop_repeats=config.loop_repeats,
             look=self._look if config.shows_images else None,
             fused=self._target.fused_layers,
+            keeps=None if self._spool is None else self._spool.keeps,
         )
 
     def _look(self, prompts: Sequence[ImagePrompt]) -> Iterator[tuple[Layers, int]]:
@@ -345,6 +346,8 @@ class _Maker:
 
     def _flush(self) -> None:
         if self._unsaved:
+            if self._spool is not None:
+                self._spool.close()
             self._folder.save_shard(self._unsaved)
             self._unsaved = []
 

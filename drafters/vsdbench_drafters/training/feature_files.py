@@ -2,12 +2,12 @@
 
 States are one file. Keys and values, where they are wanted, are another one, since they are five times as large for the
 embedded target. Data with images has a third one: what entered the target's first layer where an image stands. The same
-forwards fill all of them.
+forwards fill all of them: those that made the answers (``spool``), or else new ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.features import Sequenced
+    from vsdbench_drafters.training.spool import FeatureSpool
 
 _PASS_TOKENS = 2048  # tokens of one target forward
 
@@ -143,6 +144,7 @@ def cached_features(
     fingerprint: str,
     keys: bool = False,
     images: bool = False,
+    spool: FeatureSpool | None = None,
     progress: Callable[[int], None] = lambda _: None,
     console: Console | None = None,
 ) -> CachedFeatures:
@@ -155,6 +157,7 @@ def cached_features(
         fingerprint: Of the data; with the target's it names the files.
         keys: Keep keys and values too (``branching.can_branch`` says for which targets they are of use).
         images: Some sequences have images.
+        spool: Has those of some sequences already, and is removed.
         progress: Told how many tokens were done, batch by batch.
         console: Where it is said if another process is making them, for which this one waits; None: it does not wait.
 
@@ -177,7 +180,9 @@ def cached_features(
         with FileLock(folder / f".{files[0].path.stem}.lock", "The target's features are being made", console=console):
             missing = [file for file in files if not file.is_whole(total, itemsize)]
             if missing:
-                _make(target, sequences, lengths, missing, progress)
+                _make(target, sequences, missing, spool, progress)
+    if spool is not None:
+        spool.remove()
     return CachedFeatures(
         lengths,
         files[0],
@@ -191,18 +196,19 @@ def cached_features(
 def _make(
     target: Target,
     sequences: Sequence[Sequenced],
-    lengths: list[int],
     files: Sequence[_File],
+    spool: FeatureSpool | None,
     progress: Callable[[int], None],
 ) -> None:
     """Make files that appear whole or not at all; what a killed process left of them is written over."""
     try:
-        _write(target, sequences, lengths, files, progress)
+        _write(target, sequences, files, spool, progress)
         for file in files:
             file.partial.replace(file.path)
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
-            size = num_bytes(sum(lengths), sum(file.numbers for file in files), target.dtype.itemsize)
+            total = sum(len(sequence.ids) for sequence in sequences)
+            size = num_bytes(total, sum(file.numbers for file in files), target.dtype.itemsize)
             cheaper = "keys=false" if any(len(file.shape) > 1 for file in files) else "features=online"
             raise EnvironmentProblemError(
                 f"the disk is full: the target's features in {files[0].path.parent} need {size / 1e9:.1f} GB; free it "
@@ -217,35 +223,44 @@ def _make(
 def _write(
     target: Target,
     sequences: Sequence[Sequenced],
-    lengths: list[int],
     files: Sequence[_File],
+    spool: FeatureSpool | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Fill files with the features of all sequences, computed in batches of like length."""
+    """Fill files with the features of all sequences: those of the spool, the others computed in batches."""
+    lengths = [len(sequence.ids) for sequence in sequences]
     starts = [0, *accumulate(lengths)]
     keys = any(len(file.shape) > 1 for file in files)
+    missing = dict(enumerate(lengths))
     with ExitStack() as stack:
         opened = [stack.enter_context(file.partial.open("wb")) for file in files]
         items = [file.numbers * target.dtype.itemsize for file in files]
         for stream, item in zip(opened, items, strict=True):
             stream.truncate(starts[-1] * item)
-        for batch in _by_length(lengths):
-            found = run_target(target, [shown(sequences[i]) for i in batch], keys=keys)
-            for i, one in zip(batch, found, strict=True):
-                for file, stream, item in zip(files, opened, items, strict=True):
-                    numbers = file.part(one)
-                    if numbers.numel() != lengths[i] * file.numbers:
-                        msg = f"a layer of '{target.name}' has other keys than its config says"
-                        raise ValueError(msg)
-                    stream.seek(starts[i] * item)
-                    stream.write(numbers.cpu().contiguous().view(torch.uint8).numpy().data)
-            progress(sum(lengths[i] for i in batch))
+
+        def put(i: int, one: Features) -> None:
+            for file, stream, item in zip(files, opened, items, strict=True):
+                numbers = file.part(one)
+                if numbers.numel() != lengths[i] * file.numbers:
+                    msg = f"a layer of '{target.name}' has other keys than its config says"
+                    raise ValueError(msg)
+                stream.seek(starts[i] * item)
+                stream.write(numbers.cpu().contiguous().view(torch.uint8).numpy().data)
+            progress(missing.pop(i))
+
+        if spool is not None and (spool.keeps.keys or not keys):
+            ids = [sequence.ids for sequence in sequences]
+            for i, one in spool.take(ids, target.dtype, 4 * target.hidden_size, key_shape(target)):
+                put(i, one)
+        for batch in _by_length(missing):
+            for i, one in zip(batch, run_target(target, [shown(sequences[i]) for i in batch], keys=keys), strict=True):
+                put(i, one)
 
 
-def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _by_length(lengths: Mapping[int, int]) -> Iterator[list[int]]:
     """Yield indices of sequences of like length, at most ``_PASS_TOKENS`` padded tokens together."""
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+    for i in sorted(lengths, key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > _PASS_TOKENS:
             yield batch
             batch = []

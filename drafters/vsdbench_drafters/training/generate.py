@@ -29,43 +29,27 @@ from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench.models.masks import Masks
 from vsdbench.models.native_layers import sequence_rows
 from vsdbench.models.reading import packs
-from vsdbench_drafters.training.answers import Request, Response, StopReason, ends_in_loop
+from vsdbench_drafters.training.answers import Request, Response
+from vsdbench_drafters.training.features import Features
+from vsdbench_drafters.training.kept import Keeps, KeptStates
 from vsdbench_drafters.training.sampling import pick_tokens
+from vsdbench_drafters.training.slot_rows import Rows
 from vsdbench_drafters.training.slots import Group, SlotAttention, SlotCache
 
-_LOOP_CHECK_EVERY = 16
 _PACK_TOKENS = 512
 _ARRANGE_EVERY = 32
 _COLUMNS_UNIT = 16
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 """``[G, L, D]`` keys and values of every layer."""
+Place = tuple[Tensor, Tensor]
+"""``[T]`` slots and columns, where the states of T tokens are kept."""
 Look = Callable[[Sequence[ImagePrompt]], Iterable[tuple[Layers, int]]]
 """Reads prompts with images: keys and values of each, and its position offset."""
 
 
 def _up(columns: int) -> int:
     return -(-columns // _COLUMNS_UNIT) * _COLUMNS_UNIT
-
-
-class _Rows:
-    """What is known on the host about every slot; row ``i`` of each array is the slot that lies in cache row ``i``."""
-
-    def __init__(self, slots: int, max_new_tokens: int) -> None:
-        self.requests: NDArray[np.object_] = np.full(slots, None, dtype=object)
-        self.active = np.zeros(slots, dtype=bool)
-        self.fresh = np.zeros(slots, dtype=bool)  # prompts not yet prefilled
-        self.length = np.zeros(slots, dtype=np.int64)  # columns of the cache that are filled
-        self.offset = np.zeros(slots, dtype=np.int64)  # of the position of the next token from that number
-        self.count = np.zeros(slots, dtype=np.int64)  # response tokens so far
-        self.token = np.zeros(slots, dtype=np.int64)  # fed in the next step
-        self.temperature = np.zeros(slots, dtype=np.float32)
-        self.output = np.zeros((slots, max_new_tokens), dtype=np.int32)
-        self.noise = np.zeros((slots, max_new_tokens), dtype=np.float64)
-
-    def permute(self, order: NDArray[np.int64]) -> None:
-        for name, array in vars(self).items():
-            setattr(self, name, array[order])
 
 
 class SlotGenerator:
@@ -86,6 +70,7 @@ class SlotGenerator:
         loop_repeats: Stop an answer after this many exact repetitions of its tail; 0 never stops it.
         look: Reads prompts with images; there may be no shared prefix then.
         fused: What may run in the place of the model's own layers (``Target.fused_layers``).
+        keeps: Answers come with their features; for texts, and with ``fused`` only.
 
     Attributes:
         num_made: Response tokens decoded so far, those of unfinished answers included.
@@ -105,7 +90,9 @@ class SlotGenerator:
         loop_repeats: int = 0,
         look: Look | None = None,
         fused: FusedLayers | None = None,
+        keeps: Keeps | None = None,
     ) -> None:
+        assert keeps is None or (fused is not None and look is None)
         self._model = model
         self._look = look
         self._fused = fused
@@ -126,6 +113,8 @@ class SlotGenerator:
         self._native = native if native is not None and native.takes(slots) else None
         self._pack = _PACK_TOKENS if self._native is None else min(_PACK_TOKENS, self._native.most_rows)
         self._attention = SlotAttention(self._cache)
+        self._keeps = keeps
+        self._kept = None if keeps is None else KeptStates(keeps.layers, slots, self._columns)
         self._age = 0  # steps since rows were arranged
         self.num_made = self.num_under_way = 0
 
@@ -138,7 +127,7 @@ class SlotGenerator:
             ValueError: A prompt is too long, empty, or does not begin with the shared prefix.
         """
         queue = iter(requests)
-        rows = _Rows(self._slots, self._limits[1])
+        rows = Rows(self._slots, self._limits[1])
         in_use, exhausted = self._slots, False
         self._cache.reset()
         with torch.inference_mode():
@@ -163,52 +152,57 @@ class SlotGenerator:
 
     # ---- one step ----
 
-    def _step(self, rows: _Rows, in_use: int, *, own: bool) -> list[Response]:
+    def _step(self, rows: Rows, in_use: int, *, own: bool) -> list[Response]:
         """Decode one token in every row in use; return the answers that ended with it."""
         tokens, offsets = torch.from_numpy(rows.token[:in_use].copy()), torch.from_numpy(rows.offset[:in_use].copy())
         positions = torch.from_numpy(rows.length[:in_use].copy()).to(self._device)
+        place = torch.from_numpy(rows.slot[:in_use].copy()).to(self._device), positions
         if self._native is not None:
             every = torch.arange(in_use)
-            last = self._run_native(tokens, positions + offsets, every, torch.ones_like(every), positions)
+            last = self._run_native(tokens, positions + offsets, every, torch.ones_like(every), positions, place)
             logits = self._model.get_output_embeddings()(last)
         else:
             self._cache.begin_decode(positions, gathers=not own)
             keys = torch.arange(max(group.columns for group in self._cache.groups), device=self._device)
             visible = keys[None, None] <= positions[:, None, None]
             offsets = offsets.to(self._device)
-            logits = self._forward(tokens[:, None], positions[:, None], keys, visible, offsets[:, None])[:, -1]
+            logits = self._forward(tokens[:, None], positions[:, None], keys, visible, place, offsets[:, None])[:, -1]
         at = rows.count[:in_use]
         uniforms = rows.noise[np.arange(in_use), np.minimum(at, rows.noise.shape[1] - 1)]
         picked = pick_tokens(logits, torch.from_numpy(rows.temperature[:in_use]), torch.from_numpy(uniforms))
         return self._advance(rows, picked.cpu().numpy())
 
-    def _advance(self, rows: _Rows, token: NDArray[np.int64]) -> list[Response]:
+    def _advance(self, rows: Rows, token: NDArray[np.int64]) -> list[Response]:
         """Book one new token a row; free the rows whose answer has ended and return those answers."""
-        live = np.flatnonzero(rows.active[: len(token)])
-        rows.output[live, rows.count[live]] = token[live]
-        rows.token[live] = token[live]
-        rows.count[live] += 1
-        rows.length[live] += 1
-        self.num_made += len(live)
-        at_eos = np.isin(token[live], self._eos)
-        at_limit = rows.count[live] >= self._limits[1]
-        in_loop = np.zeros(len(live), dtype=bool)
-        if self._loop_repeats:
-            for position in np.flatnonzero(rows.count[live] % _LOOP_CHECK_EVERY == 0):
-                row = live[position]
-                in_loop[position] = ends_in_loop(rows.output[row, : rows.count[row]], self._loop_repeats)
-        finished = []
-        for position in np.flatnonzero(at_eos | at_limit | in_loop):
-            row = live[position]
-            reason: StopReason = "eos" if at_eos[position] else "loop" if in_loop[position] else "length"
-            finished.append(Response(rows.requests[row], rows.output[row, : rows.count[row]].copy(), reason))
-            rows.active[row] = False
-            rows.length[row] = rows.temperature[row] = rows.count[row] = 0
+        had_ended = [row for row in np.flatnonzero(rows.active[: len(token)]) if rows.stop[row] is not None]
+        before = int(rows.count.sum())
+        rows.book(token, eos=self._eos, loop_repeats=self._loop_repeats)
+        self.num_made += int(rows.count.sum()) - before
+        # Features are of the last token, too, so where they are kept it is fed before the row is free.
+        done = had_ended if self._kept is not None else np.flatnonzero(rows.stop != None)  # noqa: E711 - of each
+        finished = [self._finish(rows, row) for row in done]
         self.num_under_way = int(rows.count.sum())
         return finished
 
-    def _forward(
-        self, ids: Tensor, positions: Tensor, key_positions: Tensor, visible: Tensor, offsets: Tensor | int = 0
+    def _finish(self, rows: Rows, row: np.int64) -> Response:
+        """Free a row whose answer has ended and return the answer."""
+        features = None
+        if self._kept is not None and self._keeps is not None:
+            length = int(rows.length[row])
+            keys = (self._cache.rows_of(int(row), length).cpu(),) if self._keeps.keys else ()
+            features = Features(self._kept.take(int(rows.slot[row]), length).cpu(), keys)
+        response = Response(rows.requests[row], rows.output[row, : rows.count[row]].copy(), rows.stop[row], features)
+        rows.free(row)
+        return response
+
+    def _forward(  # noqa: PLR0917 - all of the same tokens
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        key_positions: Tensor,
+        visible: Tensor,
+        place: Place,
+        offsets: Tensor | int = 0,
     ) -> Tensor:
         """Return the logits ``[B, 1, V]`` of the last column of ``ids`` ``[B, q]``.
 
@@ -217,12 +211,13 @@ class SlotGenerator:
             positions: ``[B, q]``.
             key_positions: ``[K]`` positions of the cached and new keys.
             visible: ``[B or 1, q, K]`` bool, without the sliding window.
+            place: Of all tokens.
             offsets: ``[B, 1]``, added to what the model's position embedding is told.
         """
         masks = self._masks.of(positions, visible, key_positions)
         ids, positions = ids.to(self._device), positions + offsets
         if self._fused is not None:
-            return self._run_fused(self._fused, ids, positions, masks)
+            return self._run_fused(self._fused, ids, positions, masks, place)
         output = self._model(
             input_ids=ids,
             attention_mask=masks,
@@ -235,7 +230,7 @@ class SlotGenerator:
         return logits
 
     def _run_fused(
-        self, layers: FusedLayers, ids: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]
+        self, layers: FusedLayers, ids: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], place: Place
     ) -> Tensor:
         """Return the logits ``[B, 1, V]`` of the last column; the layers take the columns of all rows as one matrix."""
         batch, columns = ids.shape
@@ -250,11 +245,16 @@ class SlotGenerator:
             return output.reshape(batch * columns, -1)
 
         embedded = self._model.get_input_embeddings()(ids.flatten())
-        last = layers.run(embedded, positions.flatten(), attend, {})
+        entering = {} if self._kept is None else self._kept.wanted()
+        last = layers.run(embedded, positions.flatten(), attend, entering)
+        if self._kept is not None:
+            self._kept.put(place, entering, last)
         logits: Tensor = self._model.get_output_embeddings()(last.view(batch, columns, -1)[:, -1:])
         return logits
 
-    def _run_native(self, ids: Tensor, positions: Tensor, rows: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:
+    def _run_native(  # noqa: PLR0917 - all of the same tokens
+        self, ids: Tensor, positions: Tensor, rows: Tensor, counts: Tensor, lengths: Tensor, place: Place
+    ) -> Tensor:
         """Return the ``[T, H]`` last normed states of new tokens of some rows, which see what is before them there.
 
         Args:
@@ -263,19 +263,24 @@ class SlotGenerator:
             rows: ``[B]`` of the cache.
             counts: ``[B]`` tokens of each.
             lengths: ``[B]`` columns that each has so far.
+            place: Of all tokens.
         """
         assert self._fused is not None
         embedded = self._model.get_input_embeddings()(ids)
         storage, places = self._cache.storage(self._fused.num_layers, self._fused.shape, embedded)
         lines = sequence_rows(counts, lengths, places[0, rows], places[1, rows], rows)
-        return self._fused.run_native(embedded, positions, None, storage, lines, kept={})
+        entering = {} if self._kept is None else self._kept.wanted()
+        last = self._fused.run_native(embedded, positions, None, storage, lines, kept=entering)
+        if self._kept is not None:
+            self._kept.put(place, entering, last)
+        return last
 
     # ---- filling and ordering slots ----
 
-    def _refill(self, rows: _Rows, queue: Iterator[Request]) -> bool:
+    def _refill(self, rows: Rows, queue: Iterator[Request]) -> bool:
         """Prefill as many requests as there are free rows; return whether the queue has run out."""
         if self._prefix and not self._cache.has_prefix:
-            self._prefill([self._prefix], None)
+            self._prefill([self._prefix], None, torch.tensor([self._slots]))
         free = np.flatnonzero(~rows.active)
         taken = [request for _, request in zip(free, queue, strict=False)]
         for request in taken:
@@ -283,31 +288,23 @@ class SlotGenerator:
         # Wide rows lie behind narrow ones, so the longest prompts go to the last rows.
         taken_by_length = sorted(taken, key=lambda request: len(request.prompt_ids))
         for row, request in zip(free[len(free) - len(taken) :], taken_by_length, strict=True):
-            self._seat(rows, row, request)
+            rows.seat(row, request, self._seed)
         if any(group.columns < self._needed(rows, group, _ARRANGE_EVERY - self._age) for group in self._cache.groups):
             self._arrange(rows, self._slots)
         filled = np.flatnonzero(rows.fresh)
         rows.fresh[filled] = False
         if self._prefix and len(filled):
             self._cache.put_prefix(torch.from_numpy(filled).to(self._device))
+            if self._kept is not None:
+                self._kept.copy_prefix(torch.from_numpy(rows.slot[filled]), len(self._prefix))
         seen = np.array([isinstance(rows.requests[row].prompt_ids, ImagePrompt) for row in filled], dtype=bool)
         self._read_images(rows, filled[seen])
         filled = filled[~seen]
         suffixes = [list(rows.requests[row].prompt_ids[len(self._prefix) : -1]) for row in filled]
         for pack in packs([len(suffix) for suffix in suffixes], self._pack):
-            self._prefill([suffixes[position] for position in pack], filled[pack])
+            slots = torch.from_numpy(rows.slot[filled[pack]])
+            self._prefill([suffixes[position] for position in pack], filled[pack], slots)
         return len(taken) < len(free)
-
-    def _seat(self, rows: _Rows, row: np.int64, request: Request) -> None:
-        rows.requests[row] = request
-        rows.active[row] = rows.fresh[row] = True
-        rows.length[row] = len(request.prompt_ids) - 1
-        rows.count[row] = rows.offset[row] = 0
-        rows.token[row] = request.prompt_ids[-1]
-        rows.temperature[row] = request.temperature
-        if request.temperature > 0:
-            key = np.array([self._seed, request.index], dtype=np.uint64)
-            rows.noise[row] = np.random.Generator(np.random.Philox(key=key)).random(self._limits[1])
 
     def _check(self, request: Request) -> None:
         ids, prefix = request.prompt_ids, self._prefix
@@ -316,7 +313,7 @@ class SlotGenerator:
         if len(ids) <= len(prefix) or list(ids)[: len(prefix)] != prefix:
             raise ValueError(f"prompt {request.index} does not begin with the shared prefix of {len(prefix)} tokens")
 
-    def _read_images(self, rows: _Rows, filled: NDArray[np.int64]) -> None:
+    def _read_images(self, rows: Rows, filled: NDArray[np.int64]) -> None:
         """Let the target read the prompts of these rows, and keep their keys and values."""
         if not len(filled):
             return
@@ -330,18 +327,18 @@ class SlotGenerator:
             self._cache.adopt(torch.tensor([row], device=self._device), before)
         self._model.set_attn_implementation(own)
 
-    def _prefill(self, sequences: Sequence[Sequence[int]], filled: NDArray[np.int64] | None) -> None:
+    def _prefill(self, sequences: Sequence[Sequence[int]], filled: NDArray[np.int64] | None, slots: Tensor) -> None:
         """Put the keys and values of the sequences, packed end to end, into their rows (None: into the prefix)."""
         lengths = [len(sequence) for sequence in sequences]
         start = 0 if filled is None else len(self._prefix)
+        owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self._device)
+        positions = torch.cat([torch.arange(start, start + length) for length in lengths]).to(self._device)
+        place = slots.to(self._device)[owner], positions
         if filled is not None and self._native is not None and self._native.takes(sum(lengths)):
             ids = torch.tensor([token for sequence in sequences for token in sequence])
-            positions = torch.cat([torch.arange(start, start + length) for length in lengths])
             counts, before = torch.tensor(lengths), torch.full((len(lengths),), start)
-            self._run_native(ids, positions, torch.from_numpy(filled), counts, before)
+            self._run_native(ids, positions, torch.from_numpy(filled), counts, before, place)
             return
-        owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self._device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device) + start
         visible = (owner[:, None] == owner[None]) & (positions[:, None] >= positions[None])
         visible = torch.cat([visible.new_ones(len(owner), start), visible], dim=1)
         key_positions = torch.cat([torch.arange(start, device=self._device), positions])
@@ -350,11 +347,11 @@ class SlotGenerator:
         self._attention.spans = list(zip([0, *ends[:-1]], ends, strict=True))
         rows = None if filled is None else torch.from_numpy(filled).to(self._device)
         self._cache.begin_prefill(rows, torch.tensor(lengths, device=self._device))
-        self._forward(ids, positions[None], key_positions, visible[None])
+        self._forward(ids, positions[None], key_positions, visible[None], place)
         self._cache.end_prefill()
         self._attention.spans = []
 
-    def _arrange(self, rows: _Rows, in_use: int) -> None:
+    def _arrange(self, rows: Rows, in_use: int) -> None:
         """Order the rows by length, free ones last, in dense groups that have room for the steps until the next time.
 
         Args:
@@ -376,7 +373,7 @@ class SlotGenerator:
         self._cache.arrange(kept, torch.from_numpy(rows.length[:in_use]).to(self._device), groups)
         self._age = 0
 
-    def _needed(self, rows: _Rows, group: Group, steps: int) -> int:
+    def _needed(self, rows: Rows, group: Group, steps: int) -> int:
         """Return the columns that the longest row of a group fills in so many steps."""
         return min(int(rows.length[group.first : group.end].max()) + steps, self._columns)
 

@@ -146,6 +146,19 @@ class SlotCache:
         for layer, (keys, values) in enumerate(layers):
             self._write(keys, values, layer)
 
+    def rows_of(self, row: int, length: int) -> Tensor:
+        """Return ``[layers, 2, G, length, D]``: keys and values of a row's first columns, of layers that are alike."""
+        columns = torch.arange(length, device=self._before.device)
+        places = self._places(torch.full_like(columns, row), columns)
+        found = []
+        for pair in zip(self._keys.values(), self._values.values(), strict=True):
+            for pool in pair:
+                heads = len(pool) // self.size
+                vectors = pool.index_select(0, places.vectors(heads))
+                found.append(vectors.view(length, heads, -1).transpose(0, 1))
+        stacked = torch.stack(found)
+        return stacked.view(-1, 2, *stacked.shape[1:])
+
     def storage(self, num_layers: int, shape: tuple[int, int], like: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return keys and values of all layers ``[layers, S * C * G, D]``, and ``[2, S]`` where rows lie in a layer.
 

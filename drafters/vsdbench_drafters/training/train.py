@@ -6,32 +6,33 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rich.progress
 import torch
 from rich.console import Console
 
-from vsdbench.bars import Bars
 from vsdbench.config import content_hash
-from vsdbench.models.branching import can_branch, counts_tokens, key_shape
 from vsdbench.paths import cache_dir
 from vsdbench.processes import Processes
 from vsdbench.store.files import FileLock, write_atomic
 from vsdbench_drafters.architectures.copying import SLOTS_PER_WIDTH, start_copying
 from vsdbench_drafters.architectures.eagle3 import Eagle3Model
 from vsdbench_drafters.architectures.trainable import fresh_model, load_model
-from vsdbench_drafters.objectives.path_objective import PathObjective
 from vsdbench_drafters.training.compiled import compile_row_losses, wants_compiling
-from vsdbench_drafters.training.data import data_key, ensure_data, estimate_seconds
+from vsdbench_drafters.training.data import data_key, ensure_data
 from vsdbench_drafters.training.distributed import check_division, shard_target
-from vsdbench_drafters.training.feature_files import cached_features, num_bytes
+from vsdbench_drafters.training.feature_choice import (
+    TOTAL_PER_RESPONSE,
+    asks_target,
+    feature_source,
+    spool_of,
+    training_bar,
+    wants_keys,
+)
+from vsdbench_drafters.training.feature_files import num_bytes
 from vsdbench_drafters.training.features import (
     BatchMaker,
-    FeatureSource,
-    OnlineFeatures,
     draft_vocabulary,
     read_json,
     response_rows,
@@ -58,7 +59,6 @@ _STEP_COST = {"eagle3": 1.0, "eagle": 1.0, "medusa": 0.5, "msd": 1.0, "vispec": 
 _ASKING = 2.5  # how much longer a step takes that asks the target about drafted tokens
 _ASKING_KEPT = 2.1  # the same where the keys and values of the data are kept
 _FEATURE_NUMBERS, _KEY_NUMBERS = 4 * 576, 30 * 2 * 3 * 64  # a token, of the embedded target
-_TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
 # The same of the built target and rendered pictures, each read by itself: 81 visual tokens, answers of 19 on average.
 _SHOWN_TOTAL_PER_RESPONSE = 6.2
 _SHOWN_TOKENS_PER_S = 1150.0
@@ -160,7 +160,7 @@ def _make(
 ) -> None:
     """Train the drafter and write it to its folder, which this process, or the first one, holds."""
     with processes.first_goes():
-        data = ensure_data(recipe.data, target, console=console)
+        data = ensure_data(recipe.data, target, console=console, spool=spool_of(recipe, target))
     processes.agree(data.fingerprint, "the training data")
     model, words = _initial(recipe, target, data, warm)
     console.print(
@@ -229,19 +229,20 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
             return free | {"data_key": key, "warm_start": None}
     tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
     seen = recipe.data.shows_images
-    total = tokens * (_SHOWN_TOTAL_PER_RESPONSE if seen else _TOTAL_PER_RESPONSE)
+    total = tokens * (_SHOWN_TOTAL_PER_RESPONSE if seen else TOTAL_PER_RESPONSE)
     cached = recipe.training.features == "cached"
     reading_s = total / (_SHOWN_TOKENS_PER_S if seen else _FEATURE_TOKENS_PER_S)
-    data_s = estimate_seconds(recipe.data, _DATA_TOKENS_PER_S) + (reading_s if seen else 0.0)
+    heldout = recipe.data.num_heldout * recipe.data.max_new_tokens / 2  # tokens of held-out answers, half as long
+    data_s = (tokens + heldout) / _DATA_TOKENS_PER_S + (reading_s if seen else 0.0)
     size, key_size = num_bytes(int(total), _FEATURE_NUMBERS), num_bytes(int(total), _KEY_NUMBERS)
-    keys = cached and _wants_keys(recipe) and key_size <= recipe.training.keys_gb * 1e9
-    asking = (_ASKING_KEPT if keys or not cached else _ASKING) if _asks(recipe) else 1.0
+    keys = cached and wants_keys(recipe) and key_size <= recipe.training.keys_gb * 1e9
+    asking = (_ASKING_KEPT if keys or not cached else _ASKING) if asks_target(recipe) else 1.0
     step_s = _STEP_COST[recipe.architecture.type] * asking / _LAYER_STEPS_PER_S
     training_s = tokens * epochs * recipe.objective.ttt_steps * step_s
-    if cached:
-        data_s += reading_s
-    else:
+    if not cached:
         training_s += reading_s * epochs
+    elif seen:
+        data_s += reading_s  # those of texts are there when these are answered
     if recipe.evaluation is not None:
         decoded = recipe.evaluation.prompts * recipe.evaluation.max_new_tokens * recipe.evaluation.times
         training_s += decoded / _DECODED_TOKENS_PER_S
@@ -301,7 +302,7 @@ def _run(
     config, evaluation = recipe.training, recipe.evaluation
     head = target.model.get_output_embeddings().weight
     with processes.first_goes():
-        maker = BatchMaker(data.sequences, _source(recipe, target, data, console), head, model, target)
+        maker = BatchMaker(data.sequences, feature_source(recipe, target, data, console), head, model, target)
         copying = isinstance(recipe.architecture, Eagle3Architecture) and recipe.architecture.copying
         if recipe.warm_start is None and copying and isinstance(model, Eagle3Model):
             start_copying(model, *maker.slots(SLOTS_PER_WIDTH * target.hidden_size), seed=config.seed)
@@ -324,7 +325,7 @@ def _run(
         select="tau" if evaluation is not None and evaluation.select == "best" else None,
         processes=processes,
     )
-    with _bar(console) as bar:
+    with training_bar(console) as bar:
         task = bar.add_task("Training", total=loop.num_steps, status="")
 
         def report(progress: Progress) -> None:
@@ -334,53 +335,3 @@ def _run(
 
         final = loop.run(resume=resume, report=report)
     return loop, final
-
-
-def _asks(recipe: RecipeConfig) -> bool:
-    """Whether the objective asks the target about drafted tokens."""
-    return isinstance(make_objective(recipe.objective), PathObjective)
-
-
-def _wants_keys(recipe: RecipeConfig) -> bool:
-    return _asks(recipe) if recipe.training.keys == "auto" else recipe.training.keys
-
-
-def _source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
-    num_tokens = int(data.sequences.lengths.sum())
-    useful = can_branch(target) and (counts_tokens(target) or not recipe.data.shows_images)
-    if recipe.training.features == "online":
-        return OnlineFeatures(target, data.sequences, keys=_asks(recipe) and useful)
-    keys = useful and _wants_keys(recipe)
-    size, limit_gb = num_bytes(num_tokens, prod(key_shape(target)), target.dtype.itemsize), recipe.training.keys_gb
-    if keys and size > limit_gb * 1e9:
-        keys = False
-        console.print(
-            f"Keys and values of the data would take {size / 1e9:.1f} GB, more than training.keys_gb={limit_gb:g}: the "
-            "target runs the text before drafted tokens again.",
-            highlight=False,
-        )
-    with _bar(console) as bar:
-        task = bar.add_task("Target features", total=num_tokens, status="")
-        return cached_features(
-            target,
-            data.sequences,
-            cache_dir() / "features",
-            fingerprint=data.fingerprint,
-            keys=keys,
-            images=recipe.data.shows_images,
-            progress=lambda count: bar.advance(task, count),
-            console=console,
-        )
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Bars]:
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-        rich.progress.TextColumn("{task.fields[status]}"),
-    )
-    with Bars(*columns, console=console) as bar:
-        yield bar
