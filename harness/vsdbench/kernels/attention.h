@@ -2,11 +2,10 @@
 #pragma once
 
 #include "products.h"
+#include "scores.h"
 #include "threads.h"
 
-#define BLOCK (2 * LANES)  /* keys scored at once */
-#define QUERIES (2 * ROWS) /* with as many queries: two accumulators each */
-#define MIXED 64           /* keys whose values are mixed before the next queries: they stay in the first cache */
+#define MIXED 64 /* keys whose values are mixed before the next queries: they stay in the first cache */
 
 typedef struct {
     const float *norm, *mlp_norm, *query_norm, *key_norm; /* all but the second NULL where there is no such norm */
@@ -68,42 +67,6 @@ static void rotate(float* head, const float* cos, const float* sin, int width, f
         head[i] = (a * cos[i] - b * sin[i]) * factor;
         head[i + half] = (b * cos[i + half] + a * sin[i + half]) * factor;
     }
-}
-
-/* Transpose LANES x LANES values in registers: neighbours change places, then neighbouring pairs, and so on. */
-INLINE void transpose(vec* rows) {
-#pragma GCC unroll 4
-    for (int size = 1; size < LANES; size *= 2) {
-        ints low, high;
-        for (int lane = 0; lane < LANES; lane++) {
-            low[lane] = lane & size ? LANES + lane - size : lane;
-            high[lane] = lane & size ? LANES + lane : lane + size;
-        }
-#pragma GCC unroll 16
-        for (int row = 0; row < LANES; row++) {
-            if (row & size) continue;
-            vec a = rows[row], b = rows[row + size];
-            rows[row] = __builtin_shuffle(a, b, low);
-            rows[row + size] = __builtin_shuffle(a, b, high);
-        }
-    }
-}
-
-/* Scores of some queries [width] with BLOCK keys, those turned to [width][BLOCK]. */
-INLINE void score(const int count, const float* const* queries, const float* keys, int width, float* const* scores) {
-    vec sums[QUERIES][2];
-#pragma GCC unroll 12
-    for (int q = 0; q < count; q++) sums[q][0] = sums[q][1] = (vec){0};
-    for (int d = 0; d < width; d++, keys += BLOCK) {
-        vec first = *(const vec*)keys, second = *(const vec*)(keys + LANES);
-#pragma GCC unroll 12
-        for (int q = 0; q < count; q++) {
-            sums[q][0] += queries[q][d] * first;
-            sums[q][1] += queries[q][d] * second;
-        }
-    }
-#pragma GCC unroll 12
-    for (int q = 0; q < count; q++) put(scores[q], sums[q][0]), put(scores[q] + LANES, sums[q][1]);
 }
 
 /* Add to out [PANEL] of some queries the values of `count` keys, `width` apart, by their shares. */
@@ -211,23 +174,26 @@ static void score_block(const Model* model, const Call* call, const Sequence* se
                         int group, int first) {
     int width = model->width, each = model->heads / model->groups, queries = (int)sequence->count * each;
     int total_keys = (int)(sequence->length + sequence->count), wide = (model->heads + 2 * model->groups) * width;
-    int64_t base = cache + sequence->place + group * sequence->head_stride;
-    for (int half = 0; half < BLOCK; half += LANES)
+    int few = queries <= 2 * FEW;
+    int64_t base = cache + sequence->place + group * sequence->head_stride + (int64_t)first * width;
+    for (int half = 0; half < BLOCK && !few; half += LANES)
         for (int d = 0; d < width; d += LANES) {
             vec block[LANES];
 #pragma GCC unroll 16
             for (int k = 0; k < LANES; k++) {
-                int key = first + half + k < total_keys ? first + half + k : total_keys - 1;
+                int key = half + k < total_keys - first ? half + k : total_keys - first - 1;
                 block[k] = load(call->keys, base + (int64_t)key * width + d, model->is_bf16);
+                fetch(call->keys, base + (int64_t)(key + BLOCK) * width + d, model->is_bf16);
             }
             transpose(block);
 #pragma GCC unroll 16
             for (int k = 0; k < LANES; k++) *(vec*)(work->turned + (d + k) * BLOCK + half) = block[k];
         }
-    for (int q = 0; q < queries; q += QUERIES) {
-        const float* these[QUERIES];
-        float* scores[QUERIES];
-        int count = queries - q < QUERIES ? queries - q : QUERIES;
+    int most = few ? FEW : QUERIES;
+    for (int q = 0; q < queries; q += most) {
+        const float* these[QUERIES > FEW ? QUERIES : FEW];
+        float* scores[QUERIES > FEW ? QUERIES : FEW];
+        int count = queries - q < most ? queries - q : most;
         for (int i = 0; i < count; i++) {
             these[i] = work->qkv + (sequence->first + (q + i) / each) * wide + (group * each + (q + i) % each) * width;
             scores[i] = work->scores + head_of(model, sequence, group, q + i) * work->padded + first;
@@ -236,20 +202,34 @@ static void score_block(const Model* model, const Call* call, const Sequence* se
     case N:                                           \
         score(N, these, work->turned, width, scores); \
         break;
+#define CASE_FEW(N)                                                                                            \
+    case N:                                                                                                    \
+        if (model->is_bf16)                                                                                    \
+            score_few(N, these, call->keys, base + (int64_t)half * width, total_keys - first - half, width, 1, \
+                      scores);                                                                                 \
+        else                                                                                                   \
+            score_few(N, these, call->keys, base + (int64_t)half * width, total_keys - first - half, width, 0, \
+                      scores);                                                                                 \
+        break;
+        for (int half = 0; half < BLOCK && few; half += LANES) {
+            if (first + half >= total_keys) break;
+            switch (count) {
+                CASE_FEW(1)
+                CASE_FEW(2)
+                CASE_FEW(3)
+                CASE_FEW(4)
+            }
+            for (int i = 0; i < count; i++) scores[i] += LANES;
+        }
+        if (few) continue;
         switch (count) {
             CASE_SCORE(1)
             CASE_SCORE(2)
             CASE_SCORE(3)
+#if QUERIES > 3
             CASE_SCORE(4)
             CASE_SCORE(5)
             CASE_SCORE(6)
-#if QUERIES > 6
-            CASE_SCORE(7)
-            CASE_SCORE(8)
-            CASE_SCORE(9)
-            CASE_SCORE(10)
-            CASE_SCORE(11)
-            CASE_SCORE(12)
 #endif
         }
     }
