@@ -165,7 +165,11 @@ def test_features_come_with_the_answers_whatever_happens_in_between(tmp_path, mo
     decoder = target.model.get_decoder()
     target.fused_layers = FusedLayers(decoder, decoder.layers, target.model.config)
     monkeypatch.setattr(data_module, "_SHARD_SEQUENCES", 4)
-    folder, keeps = tmp_path / "spool", Keeps((1, 0, 1))
+    keeps = Keeps((1, 0, 1))
+
+    def spools():
+        return {name: FeatureSpool(tmp_path / name, keeps) for name in ("train", "heldout")}
+
     stream = generate.SlotGenerator.stream
 
     def killed(self, requests, **more):
@@ -176,19 +180,20 @@ def test_features_come_with_the_answers_whatever_happens_in_between(tmp_path, mo
 
     monkeypatch.setattr(generate.SlotGenerator, "stream", killed)
     with pytest.raises(KeyboardInterrupt):
-        make(target, spool=FeatureSpool(folder, keeps))
+        make(target, spools=spools())
     monkeypatch.setattr(generate.SlotGenerator, "stream", stream)
-    made = make(target, spool=FeatureSpool(folder, keeps))
-    width = 4 * target.model.config.hidden_size
-    found = dict(FeatureSpool(folder, keeps).take([s.ids for s in made.sequences], torch.float32, width, (2, 2, 1, 8)))
-    assert sorted(found) == list(range(len(made.sequences)))
-    for index, features in found.items():
-        ids = torch.tensor([made.sequences[index].ids.astype(np.int64).tolist()])
-        with torch.no_grad():
-            output = ByteTarget().model.model(input_ids=ids, output_hidden_states=True)
-        entering = [output.hidden_states[layer] for layer in (1, 0, 1)]
-        expected = torch.cat([*entering, output.last_hidden_state], dim=-1)[0]
-        torch.testing.assert_close(features.states, expected, rtol=1e-3, atol=1e-3)
+    made = make(target, spools=spools())
+    width, plain = 4 * target.model.config.hidden_size, ByteTarget().model.model
+    for spool, sequences in zip(spools().values(), (made.sequences, made.heldout), strict=True):
+        found = dict(spool.take([s.ids for s in sequences], torch.float32, width, (2, 2, 1, 8)))
+        assert sorted(found) == list(range(len(sequences)))
+        for index, features in found.items():
+            ids = torch.tensor([sequences[index].ids.astype(np.int64).tolist()])
+            with torch.no_grad():
+                output = plain(input_ids=ids, output_hidden_states=True)
+            entering = [output.hidden_states[layer] for layer in (1, 0, 1)]
+            expected = torch.cat([*entering, output.last_hidden_state], dim=-1)[0]
+            torch.testing.assert_close(features.states, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_torn_shard_and_torn_result_are_made_again(target):

@@ -52,6 +52,17 @@ class Response:
     features: Features | None = None
 
 
+class Tally:
+    """Distinct answers so far, their tokens, and how many are under way."""
+
+    def __init__(self) -> None:
+        self.answers = self.tokens = self.in_flight = 0
+
+    def mean(self, longest: int) -> float:
+        """Return the expected length of an answer: what they were so far, beside 64 of three fifths of the longest."""
+        return (self.tokens + 64 * 0.6 * longest) / (self.answers + 64)
+
+
 class Encoder(Protocol):
     """Renders a conversation."""
 

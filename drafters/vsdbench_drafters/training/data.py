@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, cast
 
@@ -30,7 +30,7 @@ from vsdbench.bars import Bars
 from vsdbench.config import Config, content_hash
 from vsdbench.errors import ConfigError
 from vsdbench.paths import cache_dir
-from vsdbench_drafters.training.answers import Encoder, Request, Response, shared_prefix
+from vsdbench_drafters.training.answers import Encoder, Request, Response, Tally, shared_prefix
 from vsdbench_drafters.training.prompts import LICENCE, WIKI_LEADS, Split, load_articles
 from vsdbench_drafters.training.shards import HELDOUT_OFFSET, Answer, DataFolder, TrainingData
 from vsdbench_drafters.training.sources import Prompts, prompt_sources, prompts_version, with_images
@@ -138,7 +138,7 @@ def ensure_data(
     console: Console | None = None,
     articles: Sequence[Article] | None = None,
     excluded: frozenset[str] | None = None,
-    spool: FeatureSpool | None = None,
+    spools: Mapping[Split, FeatureSpool] | None = None,
 ) -> TrainingData:
     """Return the data, from the cache or made now.
 
@@ -148,7 +148,7 @@ def ensure_data(
         console: Where progress goes, and for whom this process waits if another one makes them; None: it does not wait.
         articles: In place of the fetched ones.
         excluded: Hashes of prompts that must not be used; None means those of every evaluation suite.
-        spool: Gets the features of the answers that are made now, where the target's layers hand them out.
+        spools: Get the features of the answers that are made now; for texts, and a target with fused layers.
 
     Raises:
         ConfigError: No prompt fits into ``max_prompt_tokens``, or another process makes them and there is no console.
@@ -157,7 +157,7 @@ def ensure_data(
     folder = DataFolder(cache_dir() / "data" / data_key(config, target))
     if (data := folder.open()) is None:
         with folder.lock(console):
-            data = folder.open() or _make(config, target, folder, console, articles, excluded, spool)
+            data = folder.open() or _make(config, target, folder, console, articles, excluded, spools or {})
     return with_images(data, config, target.encode_chat)
 
 
@@ -168,7 +168,7 @@ def _make(  # noqa: PLR0917 - what ``ensure_data`` was given
     console: Console | None,
     articles: Sequence[Article] | None,
     excluded: frozenset[str] | None,
-    spool: FeatureSpool | None,
+    spools: Mapping[Split, FeatureSpool],
 ) -> TrainingData:
     """Return the data, made now in a folder that this process holds."""
     if articles is None:
@@ -177,9 +177,7 @@ def _make(  # noqa: PLR0917 - what ``ensure_data`` was given
         from vsdbench.suites.loaders import evaluation_prompt_hashes  # noqa: PLC0415 - loads every suite
 
         excluded = evaluation_prompt_hashes()
-    if target.fused_layers is None or config.shows_images:
-        spool = None
-    maker = _Maker(config, target, folder, prompt_sources(config, articles, excluded or frozenset()), spool)
+    maker = _Maker(config, target, folder, prompt_sources(config, articles, excluded or frozenset()), spools)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -211,17 +209,17 @@ class _Maker:
         target: DataTarget,
         folder: DataFolder,
         prompts: tuple[Prompts, Prompts],
-        spool: FeatureSpool | None,
+        spools: Mapping[Split, FeatureSpool],
     ) -> None:
         self._config = config
         self._target = target
         self._folder = folder
-        self._spool = spool
+        self._spools = spools
         self._train, self._heldout = prompts
         self._prefix = [] if config.shows_images else shared_prefix(target)
         self._answers: dict[int, Answer] = {}
         self._seen: set[bytes] = set()
-        self._num = {"train": _Tally(), "heldout": _Tally()}
+        self._num = {"train": Tally(), "heldout": Tally()}
         self._unsaved: list[Answer] = []
         self._idle = 0
         for answer in folder.load_shards().values():
@@ -233,21 +231,21 @@ class _Maker:
         made, begun = 0, time.monotonic()
 
         def tell(generator: SlotGenerator) -> None:
-            train, heldout = self._num["train"], self._num["heldout"]
-            share = train.in_flight / max(1, train.in_flight + heldout.in_flight)
-            done = min(train.tokens + int(share * generator.num_under_way), self._config.num_tokens)
+            done = min(self._num["train"].tokens + self._under_way(generator), self._config.num_tokens)
             rate = (made + generator.num_made) / (time.monotonic() - begun)
             progress.update(task, completed=done, rate=rate)
 
         while (selection := self._select()) is None:
             generator = self._generator()
             try:
-                for response in generator.stream(self._requests(), tick=partial(tell, generator)):
+                for response in generator.stream(self._requests(generator), tick=partial(tell, generator)):
                     self._num[_split(response.request.index)].in_flight -= 1
                     answer = _answer(response)
-                    if self._spool is not None and response.features is not None and _split(answer.key) == "train":
-                        self._spool.add(answer.ids, response.features)
+                    if response.features is not None:
+                        self._spools[_split(answer.key)].add(answer.ids, response.features)
                     self._keep(answer)
+                    if self._may_be_enough() and self._select() is not None:
+                        break  # what is still under way are answers to later prompts
             finally:
                 made += generator.num_made
                 for tally in self._num.values():
@@ -270,7 +268,7 @@ class _Maker:
             loop_repeats=config.loop_repeats,
             look=self._look if config.shows_images else None,
             fused=self._target.fused_layers,
-            keeps=None if self._spool is None else self._spool.keeps,
+            keeps=self._spools["train"].keeps if self._spools else None,
         )
 
     def _look(self, prompts: Sequence[ImagePrompt]) -> Iterator[tuple[Layers, int]]:
@@ -283,7 +281,12 @@ class _Maker:
 
     # ---- which prompts ----
 
-    def _requests(self) -> Iterator[Request]:
+    def _under_way(self, generator: SlotGenerator) -> int:
+        """Return the tokens so far of answers for training that have not ended."""
+        train, heldout = self._num["train"].in_flight, self._num["heldout"].in_flight
+        return int(generator.num_under_way * train / max(1, train + heldout))
+
+    def _requests(self, generator: SlotGenerator) -> Iterator[Request]:
         """Yield prompts that have no answer yet, in order, until those in flight will probably fill the budget."""
         train, heldout = self._num["train"], self._num["heldout"]
         for key in self._keys("heldout"):
@@ -291,7 +294,10 @@ class _Maker:
                 break
             yield from self._request(key, self._heldout)
         for key in self._keys("train"):
-            if train.tokens + train.in_flight * train.mean(self._config.max_new_tokens) >= self._config.num_tokens:
+            mean = train.mean(self._config.max_new_tokens)
+            # Those that have ended first are the short ones: the others have at least half of the mean before them.
+            expected = max(train.in_flight * mean, self._under_way(generator) + train.in_flight * mean / 2)
+            if train.tokens + expected >= self._config.num_tokens:
                 break
             yield from self._request(key, self._train)
 
@@ -346,10 +352,14 @@ class _Maker:
 
     def _flush(self) -> None:
         if self._unsaved:
-            if self._spool is not None:
-                self._spool.close()
+            for spool in self._spools.values():
+                spool.close()
             self._folder.save_shard(self._unsaved)
             self._unsaved = []
+
+    def _may_be_enough(self) -> bool:
+        train, heldout = self._num["train"], self._num["heldout"]
+        return train.tokens >= self._config.num_tokens and heldout.answers >= self._config.num_heldout
 
     def _select(self) -> tuple[list[Answer], int] | None:
         """Return what to keep and the first index not used, or None while answers are missing.
@@ -376,17 +386,6 @@ class _Maker:
 def _split(key: int) -> Split:
     """Return what the prompt of a key is for."""
     return "heldout" if key >= HELDOUT_OFFSET else "train"
-
-
-class _Tally:
-    """Distinct answers so far, their tokens, and how many are under way."""
-
-    def __init__(self) -> None:
-        self.answers = self.tokens = self.in_flight = 0
-
-    def mean(self, longest: int) -> float:
-        """Return the expected length of an answer; a few early, short ones are not believed."""
-        return self.tokens / self.answers if self.answers >= 64 else longest / 2
 
 
 def _answer(response: Response) -> Answer:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.features import FeatureSource
+    from vsdbench_drafters.training.prompts import Split
     from vsdbench_drafters.training.shards import TrainingData
 
 TOTAL_PER_RESPONSE = 1.35
@@ -41,13 +42,20 @@ def wants_keys(recipe: RecipeConfig) -> bool:
     return asks_target(recipe) if recipe.training.keys == "auto" else recipe.training.keys
 
 
-def spool_of(recipe: RecipeConfig, target: Target) -> FeatureSpool | None:
-    """Return where the features of answers go that are still to be made; None: they are not kept."""
-    if recipe.training.features == "online":
-        return None
+def come_with_answers(recipe: RecipeConfig, target: Target) -> bool:
+    """Whether features are kept while the answers of a recipe's data are made, so that they need no other forward."""
+    return recipe.training.features == "cached" and target.fused_layers is not None and not recipe.data.shows_images
+
+
+def spools_of(recipe: RecipeConfig, target: Target) -> dict[Split, FeatureSpool]:
+    """Return where the features of answers go that are still to be made; {}: they are not kept."""
+    if not come_with_answers(recipe, target):
+        return {}
     fits = _key_bytes(target, int(recipe.data.num_tokens * TOTAL_PER_RESPONSE)) <= recipe.training.keys_gb * 1e9
     keeps = Keeps(target.feature_layers, keys=wants_keys(recipe) and _keys_are_of_use(recipe, target) and fits)
-    return FeatureSpool(cache_dir() / "features" / f"{data_key(recipe.data, target)}.spool", keeps)
+    folder, key = cache_dir() / "features", data_key(recipe.data, target)
+    heldout = FeatureSpool(folder / f"{key}.heldout.spool", Keeps(target.feature_layers))
+    return {"train": FeatureSpool(folder / f"{key}.spool", keeps), "heldout": heldout}
 
 
 def _keys_are_of_use(recipe: RecipeConfig, target: Target) -> bool:
@@ -82,10 +90,24 @@ def feature_source(recipe: RecipeConfig, target: Target, data: TrainingData, con
             fingerprint=data.fingerprint,
             keys=keys,
             images=recipe.data.shows_images,
-            spool=spool_of(recipe, target),
+            spool=spools_of(recipe, target).get("train"),
             progress=lambda count: bar.advance(task, count),
             console=console,
         )
+
+
+def heldout_source(recipe: RecipeConfig, target: Target, data: TrainingData) -> FeatureSource:
+    """Return where the features of a recipe's held-out answers come from, as ``feature_source`` does."""
+    if recipe.training.features == "online":
+        return OnlineFeatures(target, data.heldout)
+    return cached_features(
+        target,
+        data.heldout,
+        cache_dir() / "features",
+        fingerprint=f"{data.fingerprint}, held out",
+        images=recipe.data.shows_images,
+        spool=spools_of(recipe, target).get("heldout"),
+    )
 
 
 @contextmanager

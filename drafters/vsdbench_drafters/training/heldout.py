@@ -21,7 +21,8 @@ from vsdbench.errors import ConfigError
 from vsdbench.models.image_prompt import ImagePrompt
 from vsdbench_drafters.objectives.base import DraftBatch, DraftModel, TargetView, unroll
 from vsdbench_drafters.objectives.misalignment import Misalignment, misalignment
-from vsdbench_drafters.training.features import BatchMaker, OnlineFeatures, plan_batches, response_rows, shown
+from vsdbench_drafters.training.feature_choice import heldout_source
+from vsdbench_drafters.training.features import BatchMaker, plan_batches, response_rows, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,8 @@ class _Reference:
     """``[R]`` int64: the target's most likely token."""
     covered: Tensor
     """``[R]`` float32: the target's probability mass inside the draft vocabulary."""
+    entropy: Tensor
+    """``[R]`` float32: of the target's distribution over the draft vocabulary, in nats."""
 
 
 class HeldOut:
@@ -76,7 +79,8 @@ class HeldOut:
             choices.append(logits.argmax(-1))
             inside = torch.logsumexp(logits[:, maker.drafter.draft_ids], dim=-1)
             covered.append((inside - torch.logsumexp(logits, dim=-1)).exp())
-        return _Reference(batch, view, torch.cat(choices), torch.cat(covered))
+        entropy = torch.special.entr(view.probs()).sum(-1)
+        return _Reference(batch, view, torch.cat(choices), torch.cat(covered), entropy)
 
     @torch.no_grad()
     def evaluate(self, drafter: DraftModel, *, autocast: bool) -> dict[str, float]:
@@ -107,7 +111,7 @@ class HeldOut:
                 agreed = (drafter.draft_ids[log_q.argmax(-1)] == reference.choice[step:]) & keep
                 alive = alive[:rows] & agreed
                 overlap = torch.minimum(log_q.exp(), probs * reference.covered[step:, None]).sum(-1)
-                divergence = -(torch.special.entr(probs) + probs * log_q).sum(-1)
+                divergence = -reference.entropy[step:] - torch.linalg.vecdot(probs, log_q)
                 values = torch.stack([alive.float(), agreed.float(), overlap * keep, divergence * keep])
                 sums[step] += values.double().sum(-1).cpu()
                 counts[step] += float(keep.sum())
@@ -174,7 +178,8 @@ def evaluator(
 ) -> HeldOut | DecodedHeldOut | None:
     """Return what judges the drafter on held-out answers and, where the recipe wants it, by decoding their prompts."""
     head = target.model.get_output_embeddings().weight
-    maker = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model)
+    source = heldout_source(recipe, target, data)
+    maker = BatchMaker(data.heldout, source, head, model)
     rows = response_rows(data.heldout)
     scores = HeldOut(maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None
     wanted = recipe.evaluation
@@ -195,7 +200,7 @@ def evaluator(
     )
     batches = []
     if model.one_head:  # the drafters whose paths can be drawn
-        asking = BatchMaker(data.heldout, OnlineFeatures(target, data.heldout), head, model, target)
+        asking = BatchMaker(data.heldout, source, head, model, target)
         plan = plan_batches(rows[: wanted.prompts], 1024, seed=0, epoch=0)
         batches = [asking.make(indices, seed=number) for number, indices in enumerate(plan)]
     return DecodedHeldOut(

@@ -25,8 +25,9 @@ from vsdbench_drafters.training.distributed import check_division, shard_target
 from vsdbench_drafters.training.feature_choice import (
     TOTAL_PER_RESPONSE,
     asks_target,
+    come_with_answers,
     feature_source,
-    spool_of,
+    spools_of,
     training_bar,
     wants_keys,
 )
@@ -160,7 +161,7 @@ def _make(
 ) -> None:
     """Train the drafter and write it to its folder, which this process, or the first one, holds."""
     with processes.first_goes():
-        data = ensure_data(recipe.data, target, console=console, spool=spool_of(recipe, target))
+        data = ensure_data(recipe.data, target, console=console, spools=spools_of(recipe, target))
     processes.agree(data.fingerprint, "the training data")
     model, words = _initial(recipe, target, data, warm)
     console.print(
@@ -171,6 +172,7 @@ def _make(
     loop, final = _run(
         recipe, target, data, model=model, folder=folder, console=console, resume=resume, processes=processes
     )
+    read = recipe.training.features == "cached" and not come_with_answers(recipe, target)
     summary = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": _recipe_hash(recipe),
@@ -181,7 +183,7 @@ def _make(
         "warm_start": warm.path.name if warm else None,
         "tokens": final.tokens,
         "seconds": loop.seconds,
-        "target_forwards": loop.target_forwards + (len(data.sequences) if recipe.training.features == "cached" else 0),
+        "target_forwards": loop.target_forwards + len(data.sequences) * read,
         "selected_step": loop.best_step if recipe.evaluation and recipe.evaluation.select == "best" else final.step,
         "heldout": final.heldout,
     }

