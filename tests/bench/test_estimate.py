@@ -42,6 +42,8 @@ def config(monkeypatch, target):
         batch_sizes=[1],
         drafters=[DrafterEntry(name="ngram", type="ngram")],
         peers=[],
+        once=[],
+        repeats_of=lambda method: 1 if method in config.once else config.repeats,
     )
     prompts = [
         make_prompt(identifier=str(number), category="c", turns=turns, source="s")
@@ -95,6 +97,14 @@ def test_time_is_decodes_times_what_one_was_measured_to_take(config, timings):
     assert result["num_decodes"] == decodes * 3
     assert result["seconds"] == pytest.approx(2 * plain + drafted + module.SECONDS_OUTSIDE)
     assert result["training"] == []
+
+
+def test_a_baseline_that_is_measured_once_takes_half_of_the_time(config, timings):
+    config.once = ["hf-generate"]
+    result = module.estimate("toy", RunOptions(), QUIET)
+    found = seconds(result)
+    assert found["hf-generate"] == pytest.approx(found["autoregressive"] / 2)
+    assert result["num_decodes"] == 3 * 2 * (2 + 1 + 2)  # turns x modes x repeats of each method
 
 
 def test_a_drafter_with_a_model_pays_for_drafting_and_accepts_more(config, timings):

@@ -49,11 +49,12 @@ class ToyTarget:
 class Bench:
     """A runner in a folder, with every call of its methods noted."""
 
-    def __init__(self, folder, *, turns=(("ab",), ("cd", "ef")), modes=(GREEDY,), repeats=2, seed=0, **say):
+    def __init__(self, folder, *, turns=(("ab",), ("cd", "ef")), modes=(GREEDY,), repeats=2, seed=0, once=(), **say):
         generation = GenerationConfig(**({"max_new_tokens": 12} | say))
         config = SimpleNamespace(
-            name="toy", version=3, generation=generation, modes=list(modes), repeats=repeats, seed=seed
-        )
+            name="toy", version=3, generation=generation, modes=list(modes), repeats=repeats, seed=seed,
+            repeats_of=lambda method: 1 if method in once else repeats,
+        )  # fmt: skip
         prompts = [
             make_prompt(identifier=str(number), category="chat", turns=texts, source="s")
             for number, texts in enumerate(turns)
@@ -103,6 +104,17 @@ def test_one_record_a_prompt_turn_mode_repeat_and_method(bench):
     assert (drafted.tree.budget, drafted.tree.depth, drafted.rule, drafted.top_p) == (3, 2, "coupled", 0.9)
     assert all(record.tree is None for record in records if record.kind == "baseline")
     assert {record.suite_version for record in records} == {"3"}
+
+
+def test_a_slow_baseline_may_be_measured_once(bench):
+    run = bench(once=("hf-generate",), repeats=3)
+    records = run.run()
+    assert run.runner.total == len(records) == 3 * (3 * 3 + 1)
+    assert {record.repeat for record in records if record.method == "hf-generate"} == {0}
+    assert {record.repeat for record in records if record.method == "one"} == {0, 1, 2}
+    measured = len(run.measured)
+    assert len(run.run()) == len(records)
+    assert len(run.measured) == measured  # nothing was missing
 
 
 def test_graphs_that_are_compiled_while_times_are_taken_are_counted(bench):

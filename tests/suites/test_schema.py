@@ -83,6 +83,10 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
         ({"sources": MINIMAL["sources"] * 2}, "the name 'local' is used twice among the sources"),
         ({"baselines": ["autoregressive"] * 2}, "the name 'autoregressive' is used twice"),
         ({"baselines": ["hf-generate"]}, "baselines is ['hf-generate']: 'autoregressive' must be among them"),
+        (
+            {"baselines": ["autoregressive"], "once": ["hf-generate"]},
+            "once is ['hf-generate'], but 'hf-generate' is not among the baselines ['autoregressive']",
+        ),
         ({"sources": []}, "'sources' is []"),
         ({"drafters": [{"name": "a b", "type": "ngram"}]}, "'drafters.0.name' is 'a b': it should match pattern"),
         ({"drafters": [{"name": "a", "type": "ngram", "tree": {"depth": 8}}]}, "depth 8 does not fit a budget of 7"),
@@ -192,3 +196,10 @@ def test_thresholds_are_written_only_where_there_are_some():
     least = DrafterEntry(name="a", type="ngram", tree={"budget": 9, "min_node_prob": 0.1})
     assert least.model_dump()["tree"] == {**plain, "min_node_prob": 0.1}
     assert least.tree.shape() == TreeShape(budget=9, min_node_prob=0.1)
+
+
+def test_a_suite_that_repeats_all_is_written_as_before() -> None:
+    assert "once" not in _suite().model_dump(mode="json")
+    suite = _suite(once=["hf-generate"], repeats=3)
+    assert suite.model_dump(mode="json")["once"] == ["hf-generate"]
+    assert [suite.repeats_of(name) for name in ("autoregressive", "hf-generate")] == [3, 1]

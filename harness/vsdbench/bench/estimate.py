@@ -76,7 +76,11 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         context += num_image_tokens(sample)
     prefill_s, step_s = _autoregressive(target, sample)
     methods: list[dict[str, Any]] = [
-        {"name": baseline, "seconds": decodes * prefill_s + tokens * step_s} for baseline in config.baselines
+        {
+            "name": baseline,
+            "seconds": (decodes * prefill_s + tokens * step_s) * config.repeats_of(baseline) / config.repeats,
+        }
+        for baseline in config.baselines
     ]
     for entry in config.drafters:
         budget, depth = (7, 3) if entry.tree.kind == "auto" else (entry.tree.budget, entry.tree.depth)
@@ -97,7 +101,8 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         "device": target.device.type,
         "dtype": dtype_name(target.dtype),
         "num_prompts": len(suite.prompts),
-        "num_decodes": decodes * (len(config.baselines) + len(config.drafters) + len(config.peers)),
+        "num_decodes": decodes * (len(config.baselines) + len(config.drafters) + len(config.peers))
+        - turns * len(config.modes) * (config.repeats - 1) * len(config.once),
         "methods": methods,
         "training": training,
         "seconds": total + SECONDS_OUTSIDE,

@@ -109,12 +109,14 @@ class Runner:
     @property
     def total(self) -> int:
         """Decodes of the whole run."""
-        return sum(len(self.methods) for _ in self.blocks())
+        return sum(len(self._methods_of(block)) for block in self.blocks())
 
     def run(self) -> None:
         """Do what is missing."""
         missing = [
-            block for block in self.blocks() if any(self._key(block, m) not in self.store.done for m in self.methods)
+            block
+            for block in self.blocks()
+            if any(self._key(block, method) not in self.store.done for method in self._methods_of(block))
         ]
         if missing:
             self._warm_up(missing[0].prompt)
@@ -215,9 +217,13 @@ class Runner:
         """Return the seed of a prompt's turn: the same for every method and repeat, different between prompts."""
         return random.Random(f"{self.suite.config.seed}/{block.prompt.hash}/{block.turn}").getrandbits(48)
 
+    def _methods_of(self, block: Block) -> list[Method]:
+        config = self.suite.config
+        return [method for method in self.methods if block.repeat < config.repeats_of(method.name)]
+
     def _shuffled(self, block: Block) -> list[Method]:
         key = f"{self.suite.config.seed}/{block.prompt.id}/{block.mode.name}/{block.turn}/{block.repeat}"
-        methods = list(self.methods)
+        methods = self._methods_of(block)
         random.Random(key).shuffle(methods)
         return methods
 

@@ -45,7 +45,7 @@ def decode_both(specs: Sequence[str], suite: str, options: RunOptions, console: 
         entries = [entry.model_copy(update={"name": f"{entry.name}-{side}"})
                    for entry, side in zip(entries, "ab", strict=True)]  # fmt: skip
     content = opened.config.model_dump(mode="json")
-    content |= {"drafters": [entry.model_dump(mode="json") for entry in entries], "baselines": [REFERENCE]}
+    content |= {"drafters": [entry.model_dump(mode="json") for entry in entries], "baselines": [REFERENCE], "once": []}
     config = parse(SuiteConfig, content, where=str(opened.path))
     folder, _ = run_suite(replace(opened, config=config), options, console)
     return [load_side(f"{folder}:{entry.name}", results_dir(options.results)) for entry in entries]

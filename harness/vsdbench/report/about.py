@@ -126,13 +126,14 @@ def _facts(run: Run) -> dict[str, str | None]:
     ]
     limit = sorted({int(n) for n in records["max_new_tokens"]})
     git = machine.get("git") or {}
+    once = "".join(f", {named(name)} once" for name in run.config.get("once") or [])
     return {
         "run": run.name,
         "date": f"{run.date:%Y-%m-%d}" if run.date.year > 1970 else None,
         "target": f"{run.summary['target']}, weights {str(records['target_fingerprint'].iloc[0])[:12]}",
         "dtype": f"{run.summary['dtype']} on {run.summary['device'] or 'an unnamed device'}",
         "suite": f"{run.suite}, version {records['suite_version'].iloc[0]}",
-        "prompts": f"{run.summary['num_prompts']}, each {_times(run.summary['num_repeats'])}",
+        "prompts": f"{run.summary['num_prompts']}, each {_times(run.summary['num_repeats'])}{once}",
         "answers": f"up to {'/'.join(map(str, limit))} new tokens",
         "modes": "; ".join(modes),
         "processor": _processor(machine),

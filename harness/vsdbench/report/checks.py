@@ -273,8 +273,13 @@ def _control_words(run: Run) -> str:
             f"The control interval of {listed([named(name) for name in bad])}, measured against itself, excludes 1: "
             "the machine was too noisy for speeds to be trusted."
         )
+    whose = (
+        "The first repeat against the second of each baseline that has two"
+        if run.config.get("once")
+        else ("Each baseline's first repeat against its second")
+    )
     return (
-        "Each baseline's first repeat against its second gives 1 within its interval (Student's t, "
+        f"{whose} gives 1 within its interval (Student's t, "
         f"{100 * CONTROL_CONFIDENCE:g} % for all of them together): this check finds no fault with the clock."
     )
 

@@ -189,6 +189,7 @@ class SuiteConfig(Config):
         modes: Greedy and stochastic decoding, or one of them.
         repeats: How often every prompt is decoded by every method.
         baselines: What speed is compared with.
+        once: Baselines that decode every prompt once, whatever ``repeats`` is: slow ones; they have no A/A then.
         batch_sizes: Also decode so many answers at a time, against plain decoding of as many; [1]: one at a time alone.
         drafters: What is measured.
         peers: Decode loops of others that are measured beside them.
@@ -209,12 +210,25 @@ class SuiteConfig(Config):
     modes: list[Mode] = Field(min_length=1)
     repeats: int = Field(default=2, ge=1)
     baselines: list[Baseline] = Field(default=["autoregressive", "hf-generate"], min_length=1)
+    once: list[Baseline] = Field(default_factory=list)
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1], min_length=1)
     drafters: list[DrafterEntry] = Field(min_length=1)
     peers: list[PeerEntry] = Field(default_factory=list)
     compile: bool = False
     seed: int = Field(default=0, ge=0)
     expected_prompts_sha256: Sha256 | None = None
+
+    @model_serializer(mode="wrap")
+    def _every_repeat_goes_without_saying(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the default out, so that runs from before are still the same runs."""
+        written: dict[str, Any] = write(self)
+        if not self.once:
+            del written["once"]
+        return written
+
+    def repeats_of(self, method: str) -> int:
+        """Return how often a method decodes every prompt."""
+        return 1 if method in self.once else self.repeats
 
     @property
     def compiled_rows(self) -> list[int]:
@@ -231,6 +245,13 @@ class SuiteConfig(Config):
                 f"baselines is {list(self.baselines)}: 'autoregressive' must be among them, since every answer is "
                 "compared with its"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _once_names_baselines(self) -> SuiteConfig:
+        other = next((name for name in self.once if name not in self.baselines), None)
+        if other is not None:
+            raise ValueError(f"once is {list(self.once)}, but '{other}' is not among the baselines {self.baselines}")
         return self
 
     @model_validator(mode="after")
