@@ -58,7 +58,7 @@ class FeatureSpool:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._name = uuid.uuid4().hex
                 paths = [self.folder / f"{self._name}{ending}" for ending in (_STATES, _KEYS)[: len(parts)]]
-                self._streams = [self._open.enter_context(path.open("wb", buffering=0)) for path in paths]
+                self._streams = [self._open.enter_context(path.open("wb")) for path in paths]
             for part, stream in zip(parts, self._streams, strict=True):
                 stream.write(part.contiguous().view(torch.uint8).numpy().data)
         self._index[_digest(ids)] = self._tokens, len(ids)
@@ -72,8 +72,9 @@ class FeatureSpool:
         """
         if not self._streams:
             return
-        text = json.dumps({"layers": self.keeps.layers, "answers": self._index})
-        self._open.close()
+        text = json.dumps({"layers": self.keeps.layers, "tokens": self._tokens, "answers": self._index})
+        with storage_errors(self.folder):
+            self._open.close()
         write_atomic(self.folder / f"{self._name}{_INDEX}", text.encode())
         self._streams, self._index, self._tokens = [], {}, 0
 
@@ -94,7 +95,7 @@ class FeatureSpool:
             files = [(path.with_suffix(_STATES), width)]
             if self.keeps.keys:
                 files.append((path.with_suffix(_KEYS), int(np.prod(key_shape))))
-            total = sum(length for _, length in chunk.get("answers", {}).values())
+            total = int(chunk.get("tokens", 0))
             if total and tuple(chunk["layers"]) == self.keeps.layers and _are_whole(files, total, dtype):
                 mapped = [
                     torch.from_file(str(file), shared=False, size=total * numbers, dtype=dtype).view(total, numbers)

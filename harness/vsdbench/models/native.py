@@ -47,10 +47,10 @@ MOST_ROWS = 256
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, MOST_ROWS)
 _NORM_ROWS = 64
 """Rows up to which a norm is computed here, by one thread."""
-_AS_GOOD = 1.1
+_AS_GOOD, _LOST = 1.3, 2.0
 """What these kernels may take of the time of others and still be chosen: layers in one call save more than that between
-their products, and a row does not depend on others."""
-_TURNS, _CLEARLY = 6, 0.75
+their products, and a row does not depend on others. And where more rows need not be tried."""
+_TURNS, _CLEARLY = 10, 0.75
 """Turns of a measurement, and the share of others' time that needs no more of them."""
 _LANES = 16
 """Numbers of the widest register."""
@@ -228,16 +228,23 @@ def _measure(kernels: ctypes.CDLL, dtype: torch.dtype) -> int:
                 else:
                     onednn.multiply(rows, packed[index], None)
 
-        ours()  # threads, warm
-        own = other = math.inf
-        for _ in range(_TURNS):
-            own, other = min(own, _seconds(ours)), min(other, _seconds(others))
-            if own < _CLEARLY * other:
-                break
-        if own > _AS_GOOD * other:
+        own, other = _best(ours, others)
+        if own <= _AS_GOOD * other:
+            found = size  # even if fewer rows were not: that was another program on the machine
+        elif own > _LOST * other:
             break
-        found = size
     return found
+
+
+def _best(ours: Callable[[], None], others: Callable[[], None]) -> tuple[float, float]:
+    """Return the seconds of both, the best of several turns."""
+    ours()  # threads, warm
+    own = other = math.inf
+    for _ in range(_TURNS):
+        own, other = min(own, _seconds(ours)), min(other, _seconds(others))
+        if own < _CLEARLY * other:
+            break
+    return own, other
 
 
 def _seconds(function: Callable[[], None]) -> float:
