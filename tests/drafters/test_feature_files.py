@@ -19,7 +19,7 @@ from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models.branching import branch_states
 from vsdbench_drafters.objectives.vsd.objective import VSD
 from vsdbench_drafters.training import feature_files
-from vsdbench_drafters.training.feature_choice import feature_source
+from vsdbench_drafters.training.feature_choice import feature_source, heldout_source
 from vsdbench_drafters.training.feature_files import cached_features
 from vsdbench_drafters.training.features import BatchMaker, Features, OnlineFeatures
 from vsdbench_drafters.training.kept import Keeps
@@ -153,6 +153,24 @@ def test_what_was_kept_while_answers_were_made_is_not_computed_again(tmp_path, t
         for key, as_read in zip(found.keys, expected.keys, strict=True):
             torch.testing.assert_close(key, as_read + 2 * (index > 0), rtol=1e-9, atol=1e-9)
     assert not spool.folder.exists()
+
+
+def test_no_more_keys_are_kept_than_wanted(tmp_path, target):
+    found = [OnlineFeatures(target, SEQUENCES, keys=True).read([index]) for index in range(4)]
+    folder, keeps = tmp_path / "spool", Keeps(target.feature_layers, keys=True)
+    spool = FeatureSpool(folder, keeps, most_key_bytes=sum(one.keys[0].nbytes for one in found[:3]))
+    for sequence, one in zip(SEQUENCES[:2], found, strict=False):
+        spool.add(sequence.ids, one)
+    spool.close()
+    assert len(list(folder.glob("*.keys"))) == 1
+    spool = FeatureSpool(folder, keeps, most_key_bytes=sum(one.keys[0].nbytes for one in found[:3]))
+    for sequence, one in zip(SEQUENCES[2:], found[2:], strict=True):  # the fourth is too much
+        spool.add(sequence.ids, one)
+    spool.close()
+    assert not list(folder.glob("*.keys"))
+    taken = dict(spool.take([s.ids for s in SEQUENCES], target.dtype, 4 * target.hidden_size, None))
+    for index, one in enumerate(found):
+        assert torch.equal(taken[index].states, one.states)
 
 
 @pytest.mark.parametrize("wrong", ["layers", "keys", "cut"])
@@ -302,6 +320,18 @@ def test_what_a_recipe_keeps(tmp_path, monkeypatch, chosen, family, kept):
     assert bool(source.read([0]).keys) == kept
     said = "more than training.keys_gb=1e-06" in stream.getvalue()
     assert said == (chosen.training.keys_gb == 1e-6)
+
+
+def test_heldout_answers_have_a_file_and_none_have_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    target, console = make_target(), Console(quiet=True)
+    kept = heldout_source(recipe(), target, SimpleNamespace(heldout=SEQUENCES[:2], fingerprint="d"), console)
+    online = OnlineFeatures(target, SEQUENCES).read([1])
+    torch.testing.assert_close(kept.read([1]).states, online.states, rtol=1e-9, atol=1e-9)
+    assert len(list((tmp_path / "features").glob("*.bin"))) == 1
+    none = SimpleNamespace(heldout=[], fingerprint="none")
+    assert isinstance(heldout_source(recipe(), target, none, console), OnlineFeatures)
+    assert len(list((tmp_path / "features").glob("*.bin"))) == 1
 
 
 def test_estimates_know_what_is_kept(tmp_path, monkeypatch):

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from vsdbench_drafters.training.prompts import Split
     from vsdbench_drafters.training.shards import TrainingData
 
-TOTAL_PER_RESPONSE = 1.35
-"""Tokens of a sequence for each response token, prompts included."""
-
 
 def asks_target(recipe: RecipeConfig) -> bool:
     """Whether the objective asks the target about drafted tokens."""
@@ -51,19 +48,16 @@ def spools_of(recipe: RecipeConfig, target: Target) -> dict[Split, FeatureSpool]
     """Return where the features of answers go that are still to be made; {}: they are not kept."""
     if not come_with_answers(recipe, target):
         return {}
-    fits = _key_bytes(target, int(recipe.data.num_tokens * TOTAL_PER_RESPONSE)) <= recipe.training.keys_gb * 1e9
-    keeps = Keeps(target.feature_layers, keys=wants_keys(recipe) and _keys_are_of_use(recipe, target) and fits)
+    keeps = Keeps(target.feature_layers, keys=wants_keys(recipe) and _keys_are_of_use(recipe, target))
     folder, key = cache_dir() / "features", data_key(recipe.data, target)
-    heldout = FeatureSpool(folder / f"{key}.heldout.spool", Keeps(target.feature_layers))
-    return {"train": FeatureSpool(folder / f"{key}.spool", keeps), "heldout": heldout}
+    return {
+        "train": FeatureSpool(folder / f"{key}.spool", keeps, recipe.training.keys_gb * 1e9),
+        "heldout": FeatureSpool(folder / f"{key}.heldout.spool", Keeps(target.feature_layers)),
+    }
 
 
 def _keys_are_of_use(recipe: RecipeConfig, target: Target) -> bool:
     return can_branch(target) and (counts_tokens(target) or not recipe.data.shows_images)
-
-
-def _key_bytes(target: Target, num_tokens: int) -> int:
-    return num_bytes(num_tokens, prod(key_shape(target)), target.dtype.itemsize)
 
 
 def feature_source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
@@ -73,7 +67,7 @@ def feature_source(recipe: RecipeConfig, target: Target, data: TrainingData, con
     if recipe.training.features == "online":
         return OnlineFeatures(target, data.sequences, keys=asks_target(recipe) and useful)
     keys = useful and wants_keys(recipe)
-    size, limit_gb = _key_bytes(target, num_tokens), recipe.training.keys_gb
+    size, limit_gb = num_bytes(num_tokens, prod(key_shape(target)), target.dtype.itemsize), recipe.training.keys_gb
     if keys and size > limit_gb * 1e9:
         keys = False
         console.print(
@@ -96,9 +90,9 @@ def feature_source(recipe: RecipeConfig, target: Target, data: TrainingData, con
         )
 
 
-def heldout_source(recipe: RecipeConfig, target: Target, data: TrainingData) -> FeatureSource:
+def heldout_source(recipe: RecipeConfig, target: Target, data: TrainingData, console: Console) -> FeatureSource:
     """Return where the features of a recipe's held-out answers come from, as ``feature_source`` does."""
-    if recipe.training.features == "online":
+    if recipe.training.features == "online" or not len(data.heldout):
         return OnlineFeatures(target, data.heldout)
     return cached_features(
         target,
@@ -107,6 +101,7 @@ def heldout_source(recipe: RecipeConfig, target: Target, data: TrainingData) -> 
         fingerprint=f"{data.fingerprint}, held out",
         images=recipe.data.shows_images,
         spool=spools_of(recipe, target).get("heldout"),
+        console=console,
     )
 
 

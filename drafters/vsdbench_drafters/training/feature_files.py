@@ -248,9 +248,9 @@ def _write(
                 stream.write(numbers.cpu().contiguous().view(torch.uint8).numpy().data)
             progress(missing.pop(i))
 
-        if spool is not None and (spool.keeps.keys or not keys):
+        if spool is not None:
             ids = [sequence.ids for sequence in sequences]
-            for i, one in spool.take(ids, target.dtype, 4 * target.hidden_size, key_shape(target)):
+            for i, one in spool.take(ids, target.dtype, 4 * target.hidden_size, key_shape(target) if keys else None):
                 put(i, one)
         for batch in _by_length(missing):
             for i, one in zip(batch, run_target(target, [shown(sequences[i]) for i in batch], keys=keys), strict=True):

@@ -27,6 +27,8 @@ from vsdbench_drafters.training.features import BatchMaker, plan_batches, respon
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rich.console import Console
+
     from vsdbench.decoding.interfaces import Drafter
     from vsdbench.models.target import Target
     from vsdbench_drafters.training.features import Sequenced
@@ -111,7 +113,7 @@ class HeldOut:
                 agreed = (drafter.draft_ids[log_q.argmax(-1)] == reference.choice[step:]) & keep
                 alive = alive[:rows] & agreed
                 overlap = torch.minimum(log_q.exp(), probs * reference.covered[step:, None]).sum(-1)
-                divergence = -reference.entropy[step:] - torch.linalg.vecdot(probs, log_q)
+                divergence = -reference.entropy[step:] - (probs * log_q).sum(-1)
                 values = torch.stack([alive.float(), agreed.float(), overlap * keep, divergence * keep])
                 sums[step] += values.double().sum(-1).cpu()
                 counts[step] += float(keep.sum())
@@ -174,11 +176,11 @@ class DecodedHeldOut:
 
 
 def evaluator(
-    recipe: RecipeConfig, target: Target, data: TrainingData, model: DraftModel
+    recipe: RecipeConfig, target: Target, data: TrainingData, model: DraftModel, console: Console
 ) -> HeldOut | DecodedHeldOut | None:
     """Return what judges the drafter on held-out answers and, where the recipe wants it, by decoding their prompts."""
     head = target.model.get_output_embeddings().weight
-    source = heldout_source(recipe, target, data)
+    source = heldout_source(recipe, target, data, console)
     maker = BatchMaker(data.heldout, source, head, model)
     rows = response_rows(data.heldout)
     scores = HeldOut(maker, plan_batches(rows, 1024, seed=0, epoch=0)) if sum(rows) else None

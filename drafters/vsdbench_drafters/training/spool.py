@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from math import inf, prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -34,12 +35,14 @@ class FeatureSpool:
 
     Args:
         folder: Where they are kept.
-        keeps: What is kept; what other chunks have is not looked at.
+        keeps: What is kept; chunks of other layers are not looked at.
+        most_key_bytes: Where keys and values would be more, none are kept.
     """
 
-    def __init__(self, folder: Path, keeps: Keeps) -> None:
+    def __init__(self, folder: Path, keeps: Keeps, most_key_bytes: float = inf) -> None:
         self.folder = folder
         self.keeps = keeps
+        self._key_bytes_left = most_key_bytes - sum(path.stat().st_size for path in folder.glob(f"*{_KEYS}"))
         self._name = ""
         self._open = ExitStack()
         self._streams: list[IO[bytes]] = []
@@ -52,8 +55,13 @@ class FeatureSpool:
         Raises:
             EnvironmentProblemError: The disk is full, or the folder may not be written.
         """
-        parts = [features.states, *features.keys] if self.keeps.keys else [features.states]
+        keys = features.keys if self.keeps.keys else ()
+        self._key_bytes_left -= sum(part.nbytes for part in keys)
+        parts = [features.states, *keys]
         with storage_errors(self.folder):
+            if self._key_bytes_left < 0 and keys:
+                self._forget_keys()
+                parts = [features.states]
             if not self._streams:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._name = uuid.uuid4().hex
@@ -78,8 +86,15 @@ class FeatureSpool:
         write_atomic(self.folder / f"{self._name}{_INDEX}", text.encode())
         self._streams, self._index, self._tokens = [], {}, 0
 
+    def _forget_keys(self) -> None:
+        for stream in self._streams[1:]:
+            stream.close()
+        self._streams = self._streams[:1]
+        for path in self.folder.glob(f"*{_KEYS}"):
+            path.unlink()
+
     def take(
-        self, sequences: Sequence[Any], dtype: torch.dtype, width: int, key_shape: tuple[int, ...]
+        self, sequences: Sequence[Any], dtype: torch.dtype, width: int, key_shape: tuple[int, ...] | None
     ) -> Iterator[tuple[int, Features]]:
         """Yield the indices of sequences that are here, with their features, and remove each chunk behind the last.
 
@@ -87,14 +102,14 @@ class FeatureSpool:
             sequences: Their tokens.
             dtype: Of the files.
             width: 4H.
-            key_shape: ``(layers, 2, G, W)``.
+            key_shape: ``(layers, 2, G, W)``; None: keys and values are not wanted.
         """
         wanted = {_digest(ids): index for index, ids in enumerate(sequences)}
         for path in sorted(self.folder.glob(f"*{_INDEX}")):
             chunk = read_json(path)
             files = [(path.with_suffix(_STATES), width)]
-            if self.keeps.keys:
-                files.append((path.with_suffix(_KEYS), int(np.prod(key_shape))))
+            if key_shape is not None:
+                files.append((path.with_suffix(_KEYS), prod(key_shape)))
             total = int(chunk.get("tokens", 0))
             if total and tuple(chunk["layers"]) == self.keeps.layers and _are_whole(files, total, dtype):
                 mapped = [
@@ -103,7 +118,8 @@ class FeatureSpool:
                 ]
                 for digest, (start, length) in chunk["answers"].items():
                     if (index := wanted.pop(digest, None)) is not None:
-                        yield index, _features([part[start : start + length] for part in mapped], key_shape)
+                        states, *keys = (part[start : start + length] for part in mapped)
+                        yield index, Features(states, tuple(_shaped(part, key_shape) for part in keys))
             for ending in (_INDEX, _KEYS, _STATES):
                 path.with_suffix(ending).unlink(missing_ok=True)
 
@@ -113,9 +129,10 @@ class FeatureSpool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _features(parts: list[Tensor], key_shape: tuple[int, ...]) -> Features:
+def _shaped(keys: Tensor, key_shape: tuple[int, ...] | None) -> Tensor:
+    assert key_shape is not None
     *outer, width = key_shape
-    return Features(parts[0], tuple(part.reshape(*outer, -1, width) for part in parts[1:]))
+    return keys.reshape(*outer, -1, width)
 
 
 def _are_whole(files: Sequence[tuple[Path, int]], total: int, dtype: torch.dtype) -> bool:

@@ -23,7 +23,6 @@ from vsdbench_drafters.training.compiled import compile_row_losses, wants_compil
 from vsdbench_drafters.training.data import data_key, ensure_data
 from vsdbench_drafters.training.distributed import check_division, shard_target
 from vsdbench_drafters.training.feature_choice import (
-    TOTAL_PER_RESPONSE,
     asks_target,
     come_with_answers,
     feature_source,
@@ -60,6 +59,7 @@ _STEP_COST = {"eagle3": 1.0, "eagle": 1.0, "medusa": 0.5, "msd": 1.0, "vispec": 
 _ASKING = 2.5  # how much longer a step takes that asks the target about drafted tokens
 _ASKING_KEPT = 2.1  # the same where the keys and values of the data are kept
 _FEATURE_NUMBERS, _KEY_NUMBERS = 4 * 576, 30 * 2 * 3 * 64  # a token, of the embedded target
+_TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
 # The same of the built target and rendered pictures, each read by itself: 81 visual tokens, answers of 19 on average.
 _SHOWN_TOTAL_PER_RESPONSE = 6.2
 _SHOWN_TOKENS_PER_S = 1150.0
@@ -231,7 +231,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
             return free | {"data_key": key, "warm_start": None}
     tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
     seen = recipe.data.shows_images
-    total = tokens * (_SHOWN_TOTAL_PER_RESPONSE if seen else TOTAL_PER_RESPONSE)
+    total = tokens * (_SHOWN_TOTAL_PER_RESPONSE if seen else _TOTAL_PER_RESPONSE)
     cached = recipe.training.features == "cached"
     reading_s = total / (_SHOWN_TOKENS_PER_S if seen else _FEATURE_TOKENS_PER_S)
     heldout = recipe.data.num_heldout * recipe.data.max_new_tokens / 2  # tokens of held-out answers, half as long
@@ -308,7 +308,7 @@ def _run(
         copying = isinstance(recipe.architecture, Eagle3Architecture) and recipe.architecture.copying
         if recipe.warm_start is None and copying and isinstance(model, Eagle3Model):
             start_copying(model, *maker.slots(SLOTS_PER_WIDTH * target.hidden_size), seed=config.seed)
-        heldout = evaluator(recipe, target, data, model) if processes.is_first else None
+        heldout = evaluator(recipe, target, data, model, console) if processes.is_first else None
     objective = make_objective(recipe.objective)
     if wants_compiling(config.compile, target.device):
         compile_row_losses(objective)

@@ -92,6 +92,7 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
     if max(config.batch_sizes) > 1:
         methods.append({"name": "in batches", "seconds": _batches_s(target, config, decodes * prefill_s, tokens)})
     methods += [{"name": peer.name, "seconds": decodes * prefill_s + tokens * step_s} for peer in config.peers]
+    names = [*config.baselines, *(drafter.name for drafter in config.drafters), *(peer.name for peer in config.peers)]
     training = _training(config)
     total = sum(m["seconds"] for m in methods) + sum(t["seconds"] for t in training if not t["cached"])
     return {
@@ -101,8 +102,7 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         "device": target.device.type,
         "dtype": dtype_name(target.dtype),
         "num_prompts": len(suite.prompts),
-        "num_decodes": decodes * (len(config.baselines) + len(config.drafters) + len(config.peers))
-        - turns * len(config.modes) * (config.repeats - 1) * len(config.once),
+        "num_decodes": turns * len(config.modes) * sum(map(config.repeats_of, names)),
         "methods": methods,
         "training": training,
         "seconds": total + SECONDS_OUTSIDE,
