@@ -85,7 +85,7 @@ def test_the_stochastic_rules_are_accepted(rule: str) -> None:
         ({"baselines": ["hf-generate"]}, "baselines is ['hf-generate']: 'autoregressive' must be among them"),
         (
             {"baselines": ["autoregressive"], "once": ["hf-generate"]},
-            "once is ['hf-generate'], but 'hf-generate' is not among the baselines ['autoregressive']",
+            "once is ['hf-generate'], but 'hf-generate' is not among the baselines ['autoregressive']: add it there",
         ),
         ({"sources": []}, "'sources' is []"),
         ({"drafters": [{"name": "a b", "type": "ngram"}]}, "'drafters.0.name' is 'a b': it should match pattern"),

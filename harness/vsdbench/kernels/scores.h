@@ -8,15 +8,20 @@
 #define FEW 4                    /* queries that keys are multiplied with as they lie */
 #define DEPTH (ROWS > 3 ? 4 : 2) /* vectors of a key that are multiplied with those of FEW queries in registers */
 
+/* Where in two vectors, to be shuffled, the lanes are whose number lacks `size`, and the lanes `size` behind them. A
+ * macro, not a function: a shuffle is fast only where the compiler sees its numbers. */
+#define NEIGHBOURS(size, low, high)                            \
+    ints low, high;                                            \
+    for (int lane = 0; lane < LANES; lane++) {                 \
+        low[lane] = lane & size ? LANES + lane - size : lane;  \
+        high[lane] = lane & size ? LANES + lane : lane + size; \
+    }
+
 /* Transpose LANES x LANES values in registers: neighbours change places, then neighbouring pairs, and so on. */
 INLINE void transpose(vec* rows) {
 #pragma GCC unroll 4
     for (int size = 1; size < LANES; size *= 2) {
-        ints low, high;
-        for (int lane = 0; lane < LANES; lane++) {
-            low[lane] = lane & size ? LANES + lane - size : lane;
-            high[lane] = lane & size ? LANES + lane : lane + size;
-        }
+        NEIGHBOURS(size, low, high)
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; row++) {
             if (row & size) continue;
@@ -56,7 +61,6 @@ INLINE void score(const int count, const float* const* queries, const float* key
             for (int half = 0; half < 2; half++) {
                 vec sum = sums[q][0][half] + sums[q][1][half];
                 int level = 0;
-#pragma GCC unroll 4
                 for (int size = 2; size < LANES && (lane & size); size *= 2) sum = upper[level++][q][half] + sum;
                 if (lane + 2 < LANES)
                     upper[level][q][half] = sum;
@@ -110,11 +114,7 @@ INLINE void score_few(const int count, const float* const* queries, const void* 
     for (int q = 0; q < count; q++) {
 #pragma GCC unroll 4
         for (int size = 1; size < LANES; size *= 2) {
-            ints low, high;
-            for (int lane = 0; lane < LANES; lane++) {
-                low[lane] = lane & size ? LANES + lane - size : lane;
-                high[lane] = lane & size ? LANES + lane : lane + size;
-            }
+            NEIGHBOURS(size, low, high)
 #pragma GCC unroll 16
             for (int k = 0; k < LANES; k += 2 * size) {
                 vec a = sums[q][k], b = sums[q][k + size];

@@ -251,7 +251,10 @@ class SuiteConfig(Config):
     def _once_names_baselines(self) -> SuiteConfig:
         other = next((name for name in self.once if name not in self.baselines), None)
         if other is not None:
-            raise ValueError(f"once is {list(self.once)}, but '{other}' is not among the baselines {self.baselines}")
+            raise ValueError(
+                f"once is {list(self.once)}, but '{other}' is not among the baselines {self.baselines}: add it there, or "
+                "leave it out of once"
+            )
         return self
 
     @model_validator(mode="after")
