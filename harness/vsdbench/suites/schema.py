@@ -252,8 +252,8 @@ class SuiteConfig(Config):
         other = next((name for name in self.once if name not in self.baselines), None)
         if other is not None:
             raise ValueError(
-                f"once is {list(self.once)}, but '{other}' is not among the baselines {self.baselines}: add it there, or "
-                "leave it out of once"
+                f"once is {list(self.once)}, but '{other}' is not among the baselines {self.baselines}: add it there, "
+                "or leave it out of once"
             )
         return self
 
