@@ -77,6 +77,8 @@ def trainers(monkeypatch):
                 "data_key": "shared",
                 "cached": recipe == "done",
                 "bytes": 5,
+                "slot_columns": 0 if recipe == "done" else 1000,
+                "keeps_states": recipe != "bare",
             }
         return real(group, name)
 
@@ -136,6 +138,20 @@ def test_shared_data_is_counted_once_and_what_is_cached_not_at_all(config, timin
         ("done", 100.0, True),
     ]
     assert result["seconds"] == pytest.approx(sum(seconds(result).values()) + 240 + module.SECONDS_OUTSIDE)
+
+
+def test_memory_has_room_for_the_answers_that_are_made_side_by_side(config, timings, trainers, target, monkeypatch):
+    monkeypatch.setattr(module, "TRAINING_BYTES", 0)
+    layers, heads, width, hidden = 3, 2, 8, 16
+    keys, states = 1000 * layers * 2 * heads * width * 4, 1000 * 4 * hidden * 4  # float32
+
+    def more(*names):
+        config.drafters = [DrafterEntry(name=name, type="eagle3", recipe=name) for name in names]
+        training = module.estimate("toy", RunOptions(), QUIET)["training"]
+        return module._memory_bytes(target, 64, training, 0) - module._memory_bytes(target, 64, [], 0)
+
+    assert (more("new"), more("bare"), more("done")) == (keys + states, keys, 0)
+    assert more("bare", "new", "other") == keys + states  # one after the other
 
 
 def test_an_unknown_drafter_is_refused_before_the_target_is_loaded(config, monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 from tests.e2e.workspace import lines_of
 
+from vsdbench.bench import methods
 from vsdbench.models import compiled
 
 
@@ -15,7 +16,8 @@ def manifest_of(workspace):
 
 def test_a_compiled_run_is_lossless_and_compiles_nothing_late(workspace, monkeypatch):
     monkeypatch.setattr(compiled, "why_not", lambda device: None)
-    monkeypatch.setattr(compiled.CompiledLayers, "_inductor", staticmethod(lambda graph, inputs: graph.forward))
+    monkeypatch.setattr(methods, "why_not", lambda device: None)
+    monkeypatch.setattr(compiled.Graphs, "_inductor", staticmethod(lambda graph, inputs: graph.forward))
     result = workspace.run("--limit", "2", "repeats=1", "compile=true")
     assert result.code == 0
     assert "compiled its steps in" in result.said

@@ -21,7 +21,7 @@ from tests.decoding.tiny import (
 
 from vsdbench.decoding.engine import decode
 from vsdbench.errors import ConfigError
-from vsdbench.models.compiled import CompiledLayers, describe, learn
+from vsdbench.models.compiled import CompiledLayers, Graphs, describe, learn
 from vsdbench.models.fused import FusedLayers
 from vsdbench.models.target import Target
 
@@ -45,9 +45,8 @@ def eager():
 
 def make_compiled(*, static=False, backend=lambda graph, inputs: graph.forward):
     target = eager()
-    layers = CompiledLayers(
-        target.fused_layers, target.feature_layers, dtype=target.dtype, static=static, backend=backend
-    )
+    graphs = Graphs(static=static, backend=backend)
+    layers = CompiledLayers(target.fused_layers, target.feature_layers, dtype=target.dtype, graphs=graphs)
     target.not_compiled = learn(target, layers, ROWS, PROBE)
     return target
 
@@ -92,7 +91,7 @@ def test_nothing_is_compiled_again(target):
     """Whatever was decoded above: neither contexts nor tree sizes make a graph, nor other caches where all is views."""
     assert describe(target)["graphs"] == len(ROWS)
     assert describe(target)["seconds"] > 0
-    state = target.prefill(make_prompt(3), 50 if target.compiled_layers.static else 700)
+    state = target.prefill(make_prompt(3), 50 if target.compiled_layers.graphs.static else 700)
     state.tokens.append(4)
     for num_nodes in (0, 1, 7, 12):  # the last one is larger than all that were asked for
         output = target.forward_tree(state, tree_of(range(num_nodes), range(-1, num_nodes - 1)))
@@ -123,6 +122,19 @@ def test_a_tree_without_room_is_refused_as_by_eager_layers(target):
     state.cache.length = state.cache.capacity - 1
     with pytest.raises(ConfigError, match="do not fit into a cache"):
         target.forward_tree(state, TREE)
+
+
+def test_what_a_cuda_graph_would_copy_or_refuse_to_write_stays_in_place():
+    """Weights and the cache: a graph that writes into any other argument is not made a CUDA graph."""
+    moving = []
+
+    def look(graph, inputs):
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        moving.append([n for n in placeholders if not n.meta["tensor_dict"].get("_dynamo_static_input_type")])
+        return graph.forward
+
+    assert make_compiled(static=True, backend=look).not_compiled is None
+    assert [len(arguments) for arguments in moving] == [4] * len(ROWS)  # embeddings, positions, mask, rows
 
 
 def test_layers_that_say_something_else_are_not_taken():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vsdbench_drafters.architectures.eagle_drafter import EagleLayer
-from vsdbench_drafters.architectures.one_layer_drafter import PromptRows
+from vsdbench_drafters.architectures.layer_rows import PromptRows
 
 
 class MsdLayer(EagleLayer):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,47 +29,18 @@ from vsdbench.models.device import send_numbers
 from vsdbench.models.masks import ContextMask
 from vsdbench.models.native_layers import Dimensions, LayerParts, make_native
 from vsdbench.models.packed import Product
+from vsdbench_drafters.architectures.compiled_step import CompiledStep, compile_step, sizes_for
+from vsdbench_drafters.architectures.layer_rows import LayerRows, PromptRows, later
 from vsdbench_drafters.architectures.layers import apply_rotary, rotary
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Request, TargetState, TokenTree, TreeShape
+    from vsdbench.models.compiled import Graphs
     from vsdbench_drafters.architectures.one_layer import OneLayerModel
 
 _SPARE_ROWS = 128
 _CHUNK = 1024
 """Slots of a prompt that are taken in by one forward: a mask of all of them would grow with their square."""
-
-
-class PromptRows(NamedTuple):
-    """What a prompt with images puts into the layer.
-
-    Attributes:
-        x: ``[m, W]`` inputs of the attention.
-        residual: ``[m, H]``.
-        positions: ``[m]`` int64, in increasing order.
-    """
-
-    x: Tensor
-    residual: Tensor
-    positions: Tensor
-
-
-class LayerRows(NamedTuple):
-    """Arguments of ``CachedLayer.forward``.
-
-    Attributes:
-        hidden: ``[n, H]``.
-        tokens: ``[n]`` target ids.
-        positions: Their positions: n of them, or one for all.
-        row: First cache row to write.
-        hide: ``[n, m]`` bool, which of the last m keys, the n new ones included, a row must not see; None: of none.
-    """
-
-    hidden: Tensor
-    tokens: Tensor
-    positions: slice
-    row: int
-    hide: Tensor | None
 
 
 class CachedLayer:
@@ -80,7 +51,13 @@ class CachedLayer:
     Args:
         model: Its weights are copied, cast and fused.
         dtype: Dtype of the products; log-probabilities are float32 in any case.
+
+    Attributes:
+        compiled: What runs a step, if that was asked for.
     """
+
+    remembers_images: ClassVar[bool] = False
+    """Whether a step depends on the image before it."""
 
     def __init__(self, model: OneLayerModel, dtype: torch.dtype) -> None:
         attention, mlp = model.layer.self_attn, model.layer.mlp
@@ -104,6 +81,7 @@ class CachedLayer:
         eps = model.config.rms_norm_eps
         sizes = Dimensions(heads=heads, groups=groups, width=width, eps=eps, scaling=width**-0.5, dtype=dtype)
         self._native = make_native([parts], sizes)
+        self.compiled: CompiledStep | None = None
         self.capacity = 0
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
 
@@ -114,10 +92,18 @@ class CachedLayer:
         twin.keys = twin.values = twin.cos = twin.sin = torch.empty(0)
         return twin
 
+    def plain_fork(self) -> Self:
+        """Return a fork that runs operation by operation: what compiled steps are compared with."""
+        twin = self.fork()
+        twin.compiled = twin._native = None  # noqa: SLF001 - its own
+        return twin
+
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` cache rows; what is cached stays."""
         if rows <= self.capacity:
             return
+        if self.compiled is not None:
+            rows = self.compiled.graphs.capacity(rows)
         shape = (self.config.num_key_value_heads, rows, self.config.head_dim)
         keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
         values = torch.zeros_like(keys)
@@ -160,6 +146,13 @@ class CachedLayer:
         """Return ``[n, Vd]`` float32 log-probabilities of what follows ``[n, H]`` outputs."""
         raise NotImplementedError
 
+    def step(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """Run n rows; return their ``[n, H]`` un-normed outputs and ``[n, Vd]`` log-probabilities of what follows."""
+        if self.compiled is not None and (size := self.compiled.size(rows, self.capacity)):
+            return self.compiled(self, rows, size)
+        output = self.forward(*rows)
+        return output, self.log_probs(output)
+
     def forward(self, hidden: Tensor, tokens: Tensor, positions: slice, row: int, hide: Tensor | None) -> Tensor:
         """Run n rows (see ``LayerRows``), writing keys and values; return ``[n, H]`` un-normed outputs."""
         return self.run(*self.mix(self.embed(tokens), hidden), positions, row, hide)
@@ -188,20 +181,23 @@ class CachedLayer:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, row: int, hide: Tensor | None) -> Tensor:
         """Return ``[n, A * D]``; n keys and values are written first, ``row`` and ``hide`` are as in ``LayerRows``."""
-        count, stop = len(queries), row + len(queries)
-        groups, width = keys.shape[1:]
+        stop = row + len(queries)
         self.keys[:, row:stop] = keys.transpose(0, 1)
         self.values[:, row:stop] = values.transpose(0, 1)
+        mask = None if hide is None else self._mask.ending(self._additive(hide), stop)
+        return self.weighted(queries, self.keys[:, :stop], self.values[:, :stop], mask)
+
+    def weighted(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Return ``[n, A * D]``: attention of ``[n, A, D]`` queries to K keys under a mask ``[n, K]``."""
+        (count, heads, width), groups = queries.shape, len(keys)
+        each = heads // groups
         # Query heads of a group stand along the query axis, so that keys and values are not repeated.
-        queries = queries.reshape(count, groups, -1, width).permute(1, 2, 0, 3).flatten(1, 2)
-        mask = None
-        if hide is not None:
-            last = self._additive(hide).repeat(self.config.num_attention_heads // groups, 1)
-            mask = self._mask.ending(last, stop)
-        attended = F.scaled_dot_product_attention(
-            queries[None], self.keys[None, :, :stop], self.values[None, :, :stop], attn_mask=mask
+        stacked = (
+            queries.reshape(count, groups, each, width).permute(1, 2, 0, 3).reshape(1, groups, each * count, width)
         )
-        return attended.view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, -1)
+        mask = None if mask is None else mask.repeat(each, 1)
+        attended = F.scaled_dot_product_attention(stacked, keys[None], values[None], attn_mask=mask)
+        return attended.view(groups, each, count, width).permute(2, 0, 1, 3).reshape(count, heads * width)
 
     def _additive(self, hide: Tensor) -> Tensor:
         """Return the mask of what is hidden."""
@@ -274,8 +270,7 @@ class OneLayerDrafter:
         if shape.budget < 1 or shape.depth < 1:
             return empty_tree(self.layer.device)
         if self._pending:
-            hidden = self._absorb(*self.take_pending())[-1:]
-            self.learn_root(hidden, self.layer.log_probs(hidden)[0])
+            self.learn_root(*self._newest())
         self.reserve(shape)
         return grow(Growth(self), shape, state=state, temperature=temperature, generator=generator)
 
@@ -305,6 +300,22 @@ class OneLayerDrafter:
         """Queue the new pairs of feature and following token; the next proposal's first forward takes them in."""
         self._pending.append((features, state.last_tokens(num_accepted + 1)))
 
+    def _newest(self) -> tuple[Tensor, Tensor]:
+        """Append what is pending; return the ``[1, H]`` output at the newest slot and ``[Vd]`` log-probabilities."""
+        features, tokens = self.take_pending()
+        rows = self.committed_rows(self.layer.project(features), tokens)
+        if self.layer.compiled is not None:
+            output, log_probs = self.layer.step(rows)
+            return output[-1:], log_probs[-1]
+        output = self.layer.forward(*rows)[-1:]  # the head has many words, and they are wanted of one row alone
+        return output, self.layer.log_probs(output)[0]
+
+    def compile(self, graphs: Graphs, shape: TreeShape) -> str | None:
+        """Let steps run compiled, for trees of a shape; return why they do not, if so (see ``Drafter``)."""
+        if self.layer.remembers_images:
+            return "a step depends on the image before it"
+        return compile_step(self.layer, sizes_for(max(shape.depth + 1, shape.top_k)), graphs)
+
     def _absorb(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Append committed slots to the cache; return their ``[n, H]`` outputs."""
         return self.layer.forward(*self.committed_rows(self.layer.project(features), tokens))
@@ -314,7 +325,7 @@ class OneLayerDrafter:
         start, count = self._committed, len(tokens)
         first = self.num_slots
         self.layer.reserve(first + count)
-        hide = _later(count, tokens.device) if count > 1 else None
+        hide = later(count, tokens.device) if count > 1 else None
         self._committed += count
         return LayerRows(hidden, tokens, slice(first, first + count), start, hide)
 
@@ -331,7 +342,7 @@ class OneLayerDrafter:
         embedded[shows] = seen[shows].to(embedded.dtype)
         rows = self.layer.enter(self.layer.project(features), embedded, shows)
         self._committed, self._skipped = len(rows.x), len(tokens) - len(rows.x)
-        self.layer.run(*rows, 0, _later(len(rows.x), tokens.device))
+        self.layer.run(*rows, 0, later(len(rows.x), tokens.device))
 
     @property
     def num_committed(self) -> int:
@@ -342,12 +353,6 @@ class OneLayerDrafter:
     def num_slots(self) -> int:
         """Slots that these rows stand for, which is the position of the next one."""
         return self._committed + self._skipped
-
-
-def _later(count: int, device: torch.device) -> Tensor:
-    """Return ``[count, count]`` bool: rows behind the own one."""
-    own = torch.arange(count, device=device)
-    return own[None] > own[:, None]
 
 
 class Growth:
@@ -370,9 +375,9 @@ class Growth:
 
     def level(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> Tensor:
         """Return ``[M, Vd]`` log-probabilities of the children of M nodes."""
-        output = self._layer.forward(*self.rows(tokens, parent_slots, depth))
+        output, log_probs = self._layer.step(self.rows(tokens, parent_slots, depth))
         self.learn(output)
-        return self._layer.log_probs(output)
+        return log_probs
 
     def rows(self, tokens: Tensor, parent_slots: Tensor, depth: int) -> LayerRows:
         """Return the rows of M nodes."""

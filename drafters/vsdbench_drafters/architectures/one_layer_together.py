@@ -18,10 +18,11 @@ from torch import Tensor
 from vsdbench.decoding.growing import Level, grow_together
 from vsdbench.decoding.tree import growth
 from vsdbench.models.image_prompt import ImagePrompt
-from vsdbench_drafters.architectures.one_layer_drafter import Growth, LayerRows
+from vsdbench_drafters.architectures.one_layer_drafter import Growth
 
 if TYPE_CHECKING:
     from vsdbench.decoding.interfaces import Request, TokenTree
+    from vsdbench_drafters.architectures.layer_rows import LayerRows
     from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer, OneLayerDrafter
 
 

@@ -7,14 +7,14 @@ step, so it is made once an image and a draft step costs what EAGLE's does.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from vsdbench.errors import ConfigError
 from vsdbench_drafters.architectures.eagle_drafter import EagleLayer
-from vsdbench_drafters.architectures.one_layer_drafter import PromptRows
+from vsdbench_drafters.architectures.layer_rows import PromptRows
 
 if TYPE_CHECKING:
     from vsdbench_drafters.architectures.vispec import ViSpecModel
@@ -27,6 +27,8 @@ class ViSpecLayer(EagleLayer):
         model: Its weights are copied, cast and fused.
         dtype: Dtype of the products.
     """
+
+    remembers_images: ClassVar[bool] = True
 
     def __init__(self, model: ViSpecModel, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 12
 """Over a whole training, where a recipe does not say."""
-_FEWEST, _SHARE = 4, 0.2
+_FEWEST, _SHARE = 2, 0.1
 
 
 def evaluations_of(trained: int, heldout: int) -> int:
@@ -49,7 +49,7 @@ def evaluations_of(trained: int, heldout: int) -> int:
         heldout: Response tokens that an evaluation goes through.
 
     >>> [evaluations_of(tokens, 5_000) for tokens in (80_000, 150_000, 1_600_000)]
-    [4, 6, 12]
+    [2, 3, 12]
     """
     return min(EVALUATIONS, max(_FEWEST, int(_SHARE * trained / max(1, heldout))))
 

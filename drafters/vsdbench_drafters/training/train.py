@@ -219,8 +219,10 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
 
     Keys: ``cached`` (a drafter of this recipe for a target of this name is there, and the costs are 0), ``data_s``
     (answers and features, which recipes with the same ``data_key`` share), ``training_s``, ``warm_start`` (a recipe
-    that must be trained first, or None), ``seconds`` (all together, the warm start's included), and ``bytes`` of the
-    cache. The rates are those of the embedded target on two idle CPU cores.
+    that must be trained first, or None), ``seconds`` (all together, the warm start's included), ``bytes`` of the
+    cache, and ``slot_columns``: tokens for which the target's keys and values have room while answers are made (0: no
+    answers are), with ``keeps_states`` where its states have, too. The rates are those of the embedded target on two
+    idle CPU cores.
     """
     key = content_hash(recipe.data.content())
     wanted = (_recipe_hash(recipe), target_name or recipe.target)
@@ -228,7 +230,7 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
         summary = read_json(path)
         if (summary.get("recipe_hash"), summary.get("target")) == wanted:
             free: dict[str, Any] = {"cached": True, "data_s": 0.0, "training_s": 0.0, "seconds": 0.0, "bytes": 0}
-            return free | {"data_key": key, "warm_start": None}
+            return free | {"data_key": key, "warm_start": None, "slot_columns": 0, "keeps_states": False}
     tokens, epochs = recipe.data.num_tokens, recipe.training.epochs
     seen = recipe.data.shows_images
     total = tokens * (_SHOWN_TOTAL_PER_RESPONSE if seen else _TOTAL_PER_RESPONSE)
@@ -259,6 +261,8 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
         "warm_start": recipe.warm_start,
         "seconds": data_s + training_s + warm_s,
         "bytes": size + key_size * keys if cached else 0,
+        "slot_columns": recipe.data.slots * (recipe.data.max_prompt_tokens + recipe.data.max_new_tokens),
+        "keeps_states": cached and not seen,
     }
 
 

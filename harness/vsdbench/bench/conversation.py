@@ -66,3 +66,14 @@ def check_prompts(target: Target, suite: Suite) -> None:
     for prompt in suite.prompts:
         if not prompt.images or prompt is seeing:
             check_length(target, prompt, encode_turn(target, prompt, suite.config.generation))
+
+
+def longest_conversation(target: Target, suite: Suite) -> int:
+    """Return how many tokens the longest conversation of a suite can have, its answers as long as they may be."""
+    generation = suite.config.generation
+
+    def tokens(prompt: Prompt) -> int:
+        empty = [""] * (len(prompt.turns) - 1)
+        return len(encode_turn(target, prompt, generation, empty)) + len(prompt.turns) * generation.max_new_tokens
+
+    return min(target.max_positions, max(tokens(prompt) for prompt in suite.prompts))

@@ -51,9 +51,9 @@ SECONDS_OUTSIDE = 8.0
 def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[str, Any]:
     """Return what running a suite would take, as plain JSON data.
 
-    Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds,
-    cached, bytes of the cache),
-    ``seconds`` in all, ``memory_bytes``, ``memory_available_bytes``, ``assumed``.
+    Keys: ``num_prompts``, ``num_decodes``, ``methods`` (name, seconds), ``training`` (recipe, seconds, cached, bytes of
+    the features it keeps, data_bytes of memory while its answers are made), ``seconds`` in all, ``memory_bytes``,
+    ``memory_available_bytes``, ``assumed``.
 
     Raises:
         EnvironmentProblemError: The target would have to be built first.
@@ -93,7 +93,7 @@ def estimate(name: str | Suite, options: RunOptions, console: Console) -> dict[s
         methods.append({"name": "in batches", "seconds": _batches_s(target, config, decodes * prefill_s, tokens)})
     methods += [{"name": peer.name, "seconds": decodes * prefill_s + tokens * step_s} for peer in config.peers]
     names = [*config.baselines, *(drafter.name for drafter in config.drafters), *(peer.name for peer in config.peers)]
-    training = _training(config)
+    training = _training(config, target)
     total = sum(m["seconds"] for m in methods) + sum(t["seconds"] for t in training if not t["cached"])
     return {
         "schema": 1,
@@ -178,7 +178,7 @@ def _is_model(entry: DrafterEntry) -> bool:
     return entry.recipe is not None or entry.checkpoint is not None or "model" in entry.options
 
 
-def _training(config: SuiteConfig) -> list[dict[str, Any]]:
+def _training(config: SuiteConfig, target: Target) -> list[dict[str, Any]]:
     """Return what the drafters that the suite trains would cost; data and warm starts that are shared count once."""
     found: list[dict[str, Any]] = []
     data_seen: set[str] = set()
@@ -194,7 +194,11 @@ def _training(config: SuiteConfig) -> list[dict[str, Any]]:
             add(warm)
         seconds = cost["training_s"] + (0.0 if cost["data_key"] in data_seen else cost["data_s"])
         data_seen.add(cost["data_key"])
-        found.append({"recipe": name, "seconds": seconds, "cached": cost["cached"], "bytes": cost["bytes"]})
+        making = cache_bytes(target, cost["slot_columns"])
+        if cost["keeps_states"]:
+            making += cost["slot_columns"] * 4 * target.hidden_size * target.dtype.itemsize
+        told = {"cached": cost["cached"], "bytes": cost["bytes"], "data_bytes": making}
+        found.append({"recipe": name, "seconds": seconds} | told)
 
     for entry in config.drafters:
         if entry.recipe is not None and entry.checkpoint is None:
@@ -217,7 +221,8 @@ def _memory_bytes(
     caches = (1 + batch_size) * cache_bytes(target, context)
     drafter = num_drafters * 24 * target.hidden_size * target.hidden_size * target.dtype.itemsize
     logits = 3 * 64 * target.vocab_size * 4
-    trained = max((entry["bytes"] + TRAINING_BYTES for entry in training if not entry["cached"]), default=0)
+    most = (max(entry["bytes"] + TRAINING_BYTES, entry["data_bytes"]) for entry in training if not entry["cached"])
+    trained = max(most, default=0)
     return int(caches + drafter + logits + REPORTING_BYTES + trained)
 
 

@@ -23,6 +23,7 @@ from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.interfaces import Drafter, Generation, TreeShape
 from vsdbench.decoding.sampling import SamplingParams
 from vsdbench.errors import ConfigError
+from vsdbench.models.compiled import Graphs, why_not
 from vsdbench.models.source import fingerprint
 from vsdbench.suites.schema import checkpoint_of, control_of
 
@@ -49,6 +50,7 @@ class Method:
         training: What its training cost and where it lies, for the manifest.
         drafter: What drafts, in methods of our engine.
         control_of: The drafter that it is the control of, where it is ``Misled`` and that one is in the suite.
+        graphs: What the drafter's steps were compiled into, if that was asked for; ``not_compiled``: why they were not.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
     control_of: str | None = None
+    graphs: Graphs | None = None
+    not_compiled: str | None = None
 
     def shape_in(self, mode: str) -> TreeShape | None:
         """Return the tree shape of a mode."""
@@ -107,6 +111,8 @@ def build_methods(
     methods = [_baseline(name, target) for name in suite.baselines]
     for entry, builder in zip(suite.drafters, builders, strict=True):
         method = replace(_drafter(entry, builder, target, console), control_of=control_of(entry, suite.drafters))
+        if suite.compile:
+            method = _compiled(method, entry.tree.shape(), target, console)
         if entry.tree.kind == "auto":
             known = (chosen or {}).get(entry.name, {})
             measured_on = (target, calibration)
@@ -218,6 +224,21 @@ def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Targe
         drafter_fingerprint=_fingerprint(drafter, checkpoint),
         training=training,
     )
+
+
+def _compiled(method: Method, shape: TreeShape, target: Target, console: Console | None) -> Method:
+    """Return the method with its drafter's steps compiled for trees of a shape, or with why they are not."""
+    drafter = method.drafter.drafter if isinstance(method.drafter, Misled) else method.drafter
+    compile_steps: Callable[[Graphs, TreeShape], str | None] | None = getattr(drafter, "compile", None)
+    if compile_steps is None:
+        return replace(method, not_compiled="it has no steps of a fixed form")
+    graphs = Graphs(static=target.device.type == "cuda")
+    reason = why_not(target.device) or compile_steps(graphs, shape)
+    if console is not None and reason:
+        console.print(f"[yellow]note:[/] {method.name}'s steps run as they are, not compiled: {reason}")
+    elif console is not None:
+        console.print(f"compiled {method.name}'s steps in {graphs.seconds:.0f} s")
+    return replace(method, graphs=graphs, not_compiled=reason)
 
 
 def _fingerprint(drafter: Drafter, checkpoint: Path | None) -> str | None:

@@ -90,6 +90,8 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    if device.type == "cpu":
+        native.prepare()
     files = fetch_model(name, progress=not console.quiet, trust_remote_code=options.trust_remote_code)
     if files.note:
         console.print(f"[yellow]note:[/] {files.note}")
@@ -104,7 +106,7 @@ def load_target(name: str, options: RunOptions, console: Console) -> Target:
         compiled=options.compiled,
     )
     if options.compiled and target.compiled_layers is not None:
-        console.print(f"compiled its steps in {target.compiled_layers.seconds:.0f} s")
+        console.print(f"compiled its steps in {target.compiled_layers.graphs.seconds:.0f} s")
     elif options.compiled:
         console.print(f"[yellow]note:[/] its steps run as they are, not compiled: {target.not_compiled}")
     console.print(f"target {name} ({files.fingerprint}) on {device}, {dtype_name(dtype)}")
@@ -289,10 +291,18 @@ def _describe(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "drafter_fingerprint": method.drafter_fingerprint,
             "training": method.training,
             "trees": dict(method.trees),
+            **_compiling(method),
             **({"images": "shuffled", "control_of": method.control_of} if isinstance(method.drafter, Misled) else {}),
         }
         for method in methods
     ]
+
+
+def _compiling(method: Method) -> dict[str, Any]:
+    """Return what is said of a method's compiled steps, if they were asked for."""
+    found = {} if method.graphs is None else method.graphs.describe()
+    told = found | ({} if method.not_compiled is None else {"not_compiled": method.not_compiled})
+    return {"compiled": told} if told else {}
 
 
 def _chosen_trees(run: Path | None) -> dict[str, dict[str, Any]]:

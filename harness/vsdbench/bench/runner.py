@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from vsdbench.bench.conversation import check_length, encode_turn
+from vsdbench.bench.conversation import check_length, encode_turn, longest_conversation
 from vsdbench.bench.diagnostics import diagnose
 from vsdbench.bench.exchange import Misled, exchanged_prompts
 from vsdbench.bench.lossless import compare
@@ -120,10 +120,10 @@ class Runner:
         ]
         if missing:
             self._warm_up(missing[0].prompt)
-        before = num_graphs(self.target)
+        before = self._num_graphs()
         for block in missing:
             self._run_block(block)
-            self.num_late_graphs = num_graphs(self.target) - before
+            self.num_late_graphs = self._num_graphs() - before
 
     def blocks(self) -> Iterator[Block]:
         """Yield all blocks: prompt by prompt, then mode, turn, repeat."""
@@ -263,10 +263,17 @@ class Runner:
             if record.method == REFERENCE and record.repeat == 0
         }
 
+    def _num_graphs(self) -> int:
+        return num_graphs(self.target) + sum(method.graphs.count for method in self.methods if method.graphs)
+
     def _warm_up(self, prompt: Prompt) -> None:
         """Decode a few tokens with every method and mode, so that no first-call cost is inside a measurement."""
+        # On CUDA a graph is of the whole cache, so the caches have their final sizes from the start.
+        room = longest_conversation(self.target, self.suite) if self.suite.config.compile else 0
         for mode in self.suite.config.modes:
             block = Block(prompt, mode, 0, 0)
             tokens = self.encode(block)
             for method in self.methods:
-                method.run(tokens, replace(self.settings(block, method), max_new_tokens=WARMUP_TOKENS))
+                settings = self.settings(block, method)
+                rows = room + settings.shape.budget + 1 if room else 0
+                method.run(tokens, replace(settings, max_new_tokens=WARMUP_TOKENS, room=rows))

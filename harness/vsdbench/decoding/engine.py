@@ -50,6 +50,7 @@ class DecodeSettings:
         sampling: Temperature and truncation.
         seed: Keys the coupled draws and seeds the generator of everything else that is random.
         eos_ids: Tokens that end the answer; None means the target's own, an empty set never ends early.
+        room: Rows that caches are given at least, so that none grows when a longer answer comes.
     """
 
     max_new_tokens: int
@@ -58,6 +59,7 @@ class DecodeSettings:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     eos_ids: frozenset[int] | None = None
+    room: int = 0
 
 
 class Autoregressive:
@@ -193,7 +195,9 @@ def decode_together(
             logits are not numbers.
     """
     endings = [Ending.of(target, prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
-    capacity = max(ending.length + own.shape.budget + 1 for ending, own in zip(endings, settings, strict=True))
+    capacity = max(
+        max(ending.length + own.shape.budget + 1, own.room) for ending, own in zip(endings, settings, strict=True)
+    )
     together = Together(target, len(drafters), capacity)
     waiting = list(zip(range(len(prompts)), prompts, settings, endings, strict=True))[::-1]
     free = list(drafters)[::-1]

@@ -5,7 +5,8 @@ nothing is compiled while times are taken. On a CPU the context's length is a sy
 nothing again; on CUDA a graph is of the whole cache, and is replayed as a CUDA graph. The eager fused layers stay the
 reference: both must say the same over a small tree, or those run.
 
-What was compiled is counted, because a step that compiles is not a step to be timed.
+What was compiled is counted, because a step that compiles is not a step to be timed. Drafters compile their own steps
+with the same ``Graphs``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -36,11 +38,72 @@ if TYPE_CHECKING:
 CAPACITY_STEP = 512
 """On CUDA a cache has a multiple of so many rows, so that graphs are not made again for every length of answer."""
 
+NOT_THE_SAME = "compiled layers do not say what the eager ones say"
 _SPARE_ROWS = 32
-_MOST_GRAPHS = 64
-"""Tree sizes and targets of one process, all together."""
+_MOST_GRAPHS = 1024
+"""Sizes of all drafters and targets of one process together: the compiler would stop at a few."""
 
 Backend: TypeAlias = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+class Graphs:
+    """Compiles functions, and counts.
+
+    Args:
+        static: Whether no shape depends on how much is cached, as CUDA graphs must have it.
+        backend: Compiles a graph, given it and its example inputs; None means the inductor.
+
+    Attributes:
+        count: Graphs compiled so far.
+        seconds: What calls that compiled took.
+    """
+
+    def __init__(self, *, static: bool, backend: Backend | None = None) -> None:
+        self.static = static
+        self._backend = backend or self._inductor
+        self.count = 0
+        self.seconds = 0.0
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function as one graph for each shape of its arguments, for ``run``."""
+        return torch.compile(function, backend=self._build, dynamic=False, fullgraph=True)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Return what a compiled function does; on CUDA it is overwritten by the next run of any."""
+        if self.static and torch.cuda.is_available():
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        before, started = self.count, time.perf_counter()
+        result = function(*arguments)
+        if self.count > before:
+            self.seconds += time.perf_counter() - started
+        return result
+
+    def capacity(self, rows: int) -> int:
+        """Return how many rows a cache should have that is to hold so many."""
+        return -(-rows // CAPACITY_STEP) * CAPACITY_STEP if self.static else rows
+
+    def keep_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Say that arguments stay where they are: a CUDA graph copies all others, and may write into none of them."""
+        if self.static:
+            from torch._dynamo import mark_static_address  # noqa: PLC0415 - seconds, for those who compile
+
+            for tensor in tensors:
+                mark_static_address(tensor)
+
+    def describe(self) -> dict[str, Any]:
+        """Return, for a manifest, how many graphs were compiled in how many seconds."""
+        return {"graphs": self.count, "seconds": self.seconds}
+
+    def _build(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return self._backend(graph, inputs)
+
+    def _inductor(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - a second, for those who compile
+
+        patches = {"triton.cudagraphs": True} if self.static else {}
+        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches)  # type: ignore[assignment]
+        return compiled
 
 
 class CompiledLayers:
@@ -50,36 +113,24 @@ class CompiledLayers:
         fused: The layers.
         feature_layers: Those whose inputs are kept.
         dtype: Of the layers.
-        static: Whether to attend to all rows of the cache, as CUDA graphs must.
-        backend: Compiles a graph, given it and its example inputs; None means the inductor.
+        graphs: Compiles.
 
     Attributes:
         rows: Numbers of rows that graphs were made for; more than the largest are for the eager layers.
         learning: Whether a call may add to them.
-        num_graphs: Graphs compiled so far.
-        seconds: What calls that compiled took.
     """
 
     def __init__(
-        self,
-        fused: FusedLayers,
-        feature_layers: Sequence[int],
-        *,
-        dtype: torch.dtype,
-        static: bool,
-        backend: Backend | None = None,
+        self, fused: FusedLayers, feature_layers: Sequence[int], *, dtype: torch.dtype, graphs: Graphs
     ) -> None:
         self._fused = fused
         self._features = sorted(set(feature_layers))
         self._hidden = torch.finfo(dtype).min
-        self._backend = backend or self._inductor
-        self.static = static
+        self.graphs = graphs
         self.rows: set[int] = set()
         self.learning = False
-        self.num_graphs = 0
-        self.seconds = 0.0
-        whole = self._over_all_rows if static else self._over_what_is_there
-        self._step = torch.compile(whole, backend=self._build, dynamic=False, fullgraph=True)
+        graphs.keep_in_place(fused.weights())
+        self._step = graphs.compiled(self._over_all_rows if graphs.static else self._over_what_is_there)
 
     def __call__(
         self,
@@ -95,18 +146,15 @@ class CompiledLayers:
             return self._fused(embedded, positions, masks, cache, kept)
         keys = [layer.keys for layer in cache.layers]
         values = [layer.values for layer in cache.layers]
-        before, started = self.num_graphs, time.perf_counter()
-        if self.static:
+        arguments: tuple[Any, ...] = embedded, positions, masks, keys, values
+        if self.graphs.static:
             rows = torch.arange(cache.length, cache.length + len(embedded), device=embedded.device)
-            if embedded.is_cuda:
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            last, entered = self._step(embedded, positions, self._widened(masks, cache), keys, values, rows)
-        else:
-            if self.learning:
-                _let_vary(masks, [*keys, *values])
-            last, entered = self._step(embedded, positions, masks, keys, values)
-        if self.num_graphs > before:
-            self.seconds += time.perf_counter() - started
+            self.graphs.keep_in_place([*keys, *values])
+            arguments = embedded, positions, self._widened(masks, cache), keys, values, rows
+        elif self.learning:
+            _let_vary(masks, [*keys, *values])
+        last: Tensor
+        last, entered = self.graphs.run(self._step, *arguments)
         kept.update(zip(self._features, (states[None] for states in entered), strict=True))
         return last
 
@@ -118,10 +166,6 @@ class CompiledLayers:
             return tree
         tokens = torch.cat([tree.tokens, tree.tokens.new_zeros(more)])
         return TokenTree(tokens, extended(tree.parents, more, -1), extended(tree.depths, more, 1), tokens.float())
-
-    def capacity(self, rows: int) -> int:
-        """Return how many rows a cache should have that is to hold so many."""
-        return -(-rows // CAPACITY_STEP) * CAPACITY_STEP if self.static else rows
 
     def _over_what_is_there(
         self,
@@ -175,17 +219,6 @@ class CompiledLayers:
             name: F.pad(mask, (0, cache.capacity - mask.shape[-1]), value=self._hidden) for name, mask in masks.items()
         }
 
-    def _build(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.num_graphs += 1
-        return self._backend(graph, inputs)
-
-    def _inductor(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - a second, for those who compile
-
-        patches = {"triton.cudagraphs": True} if self.static else {}
-        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches)  # type: ignore[assignment]
-        return compiled
-
 
 def _let_vary(masks: Tensor | dict[str, Tensor], cache: Sequence[Tensor]) -> None:
     """Tell the compiler which sizes differ from call to call: the keys, and the cache's rows; all others are fixed."""
@@ -208,16 +241,13 @@ def compile_layers(target: Target, rows: Collection[int], probe: Sequence[int]) 
     assert target.fused_layers is not None
     if reason := why_not(target.device):
         return reason
-    static = target.device.type == "cuda"
-    compiled = CompiledLayers(target.fused_layers, target.feature_layers, dtype=target.dtype, static=static)
+    graphs = Graphs(static=target.device.type == "cuda")
+    compiled = CompiledLayers(target.fused_layers, target.feature_layers, dtype=target.dtype, graphs=graphs)
     return learn(target, compiled, rows, probe)
 
 
 def learn(target: Target, compiled: CompiledLayers, rows: Collection[int], probe: Sequence[int]) -> str | None:
     """Do it, with layers that may have compiled something before."""
-    from torch._dynamo import config  # noqa: PLC0415 - seconds, for those who compile
-
-    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     for count in sorted(rows):
         found = []
         # Sizes that are equal here are taken for equal for ever. So the number of keys and that of the cache's rows are
@@ -226,27 +256,39 @@ def learn(target: Target, compiled: CompiledLayers, rows: Collection[int], probe
         for target.compiled_layers in (None, compiled):
             state = target.prefill(prompt, len(prompt) + count + _SPARE_ROWS)
             state.tokens.append(probe[0])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the compiler's, about what it does not fuse
-                compiled.learning = True
+            compiled.learning = True
+            with compiling():
                 found.append(target.forward_tree(state, any_chain(count - 1, target.device)).features)
-                compiled.learning = False
+            compiled.learning = False
         if not agree(found[1], found[0]):
             target.compiled_layers = None
-            return "compiled layers do not say what the eager ones say"
+            return NOT_THE_SAME
         compiled.rows.add(count)
     return None
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let more graphs be compiled than the compiler usually does, without its advice."""
+    from torch._dynamo import config  # noqa: PLC0415 - seconds, for those who compile
+
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _MOST_GRAPHS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about what it does not fuse
+        yield
+
+
 def num_graphs(target: Target) -> int:
     """Return the graphs that were compiled for a target so far."""
-    return 0 if target.compiled_layers is None else target.compiled_layers.num_graphs
+    return 0 if target.compiled_layers is None else target.compiled_layers.graphs.count
 
 
 def describe(target: Target) -> dict[str, Any]:
     """Return, for a manifest, how many graphs were compiled for a target, in how many seconds, or why none was."""
-    seconds = 0.0 if target.compiled_layers is None else target.compiled_layers.seconds
-    return {"graphs": num_graphs(target), "seconds": seconds, "not_compiled": target.not_compiled}
+    layers = target.compiled_layers
+    found = {"graphs": 0, "seconds": 0.0} if layers is None else layers.graphs.describe()
+    return found | {"not_compiled": target.not_compiled}
 
 
 def why_not(device: torch.device) -> str | None:

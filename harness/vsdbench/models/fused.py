@@ -13,7 +13,7 @@ heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vsdbench.models import attention
 from vsdbench.models.native_layers import Dimensions, LayerParts, NativeLayers, make_native
-from vsdbench.models.packed import PackedLinear, Product
+from vsdbench.models.packed import PackedLinear, Product, tensors_among
 
 if TYPE_CHECKING:
     from vsdbench.models.kv_cache import PreallocatedCache
@@ -116,6 +116,12 @@ class FusedLayers:
         assert self.native is not None
         by_kind = [masks[kind] if isinstance(masks, dict) else masks for kind in self._kinds]
         return self.native.run(embedded, self._turn(positions), by_kind, cache, sequences, kept=kept)
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield all weights that a step reads."""
+        for layer in self._layers:
+            yield from tensors_among([layer.norm, layer.mlp_norm, *(layer.head_norms or ()), *layer.products.values()])
+        yield self._last_norm
 
     @property
     def num_layers(self) -> int:
@@ -213,7 +219,12 @@ def agree(ours: Tensor, own: Tensor) -> bool:
     """
     early, late = (1e-4, 1e-3) if own.dtype is torch.float32 else (0.02, 0.1)
     parts = zip(ours.float().chunk(4, -1), own.float().chunk(4, -1), (early, late, late, late), strict=True)
-    return all(bool(((a - b).norm(dim=-1) / b.norm(dim=-1)).median() <= tolerance) for a, b, tolerance in parts)
+    return all(median_row_error(a, b) <= tolerance for a, b, tolerance in parts)
+
+
+def median_row_error(ours: Tensor, own: Tensor) -> float:
+    """Return how far the median row of ``[n, H]`` is from what it should be, relative to the norm of that."""
+    return float(((ours - own).norm(dim=-1) / own.norm(dim=-1)).median())
 
 
 def _read(layer: Any) -> LayerParts:  # noqa: ANN401 - of transformers

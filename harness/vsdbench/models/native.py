@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ MOST_ROWS = 256
 """Of one call; more have not been measured."""
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, MOST_ROWS)
 _NORM_ROWS = 64
+_COMPILING = threading.Lock()
 """Rows up to which a norm is computed here, by one thread."""
 _AS_GOOD, _LOST = 1.3, 2.0
 """What these kernels may take of the time of others and still be chosen: layers in one call save more than that between
@@ -122,7 +124,7 @@ class Panels:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return rows ``[n, H]`` normed by their root mean square, times ``[H]``: here if few, else by torch."""
-    kernels = library()
+    kernels = None if torch.compiler.is_compiling() else library()
     if kernels is None or x.device.type != "cpu" or x.dtype not in DTYPES or not 0 < len(x) <= _NORM_ROWS:
         return rms_norm(x, (x.shape[-1],), weight, eps)
     x, wide = x.contiguous(), weight.float()
@@ -170,6 +172,12 @@ def informed(
 
 
 @functools.cache
+def prepare() -> None:
+    """Begin to compile the kernels, if that is still to be done, while a model is fetched."""
+    if not os.environ.get(VARIABLE):
+        threading.Thread(target=library, daemon=True).start()
+
+
 def library() -> ctypes.CDLL | None:
     """Return the kernels; None where they cannot be had (``why_not``)."""
     return _load()[0]
@@ -265,10 +273,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     path = _folder() / f"{_key()}.so"
     try:
-        if not path.is_file():
-            if compiler is None:
-                return None, f"there is no C compiler '{os.environ.get('CC', 'gcc')}': install gcc, or name one in CC"
-            _compile(compiler, path)
+        with _COMPILING:
+            if not path.is_file():
+                if compiler is None:
+                    asked = os.environ.get("CC", "gcc")
+                    return None, f"there is no C compiler '{asked}': install gcc, or name one in CC"
+                _compile(compiler, path)
         # Its threads are torch's: OpenMP's symbols are found in the process, since two pools would fight for cores.
         kernels = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:

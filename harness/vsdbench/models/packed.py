@@ -9,6 +9,7 @@ rows are multiplied with it, and the transformers baseline runs on it, as its us
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
 from weakref import WeakValueDictionary
 
 import torch
@@ -140,6 +141,11 @@ class Product:
         """Return ``[n, out]``."""
         return self._through(rows, "none")
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weight, and the bias if there is one."""
+        return [self._weight] if self._bias is None else [self._weight, self._bias]
+
     def silu(self, rows: Tensor) -> Tensor:
         """Return ``[n, out]`` through the activation SiLU, rounded once."""
         if self.packed is None:
@@ -172,6 +178,15 @@ class Product:
             return compiled
         assert self.packed is not None
         return self.packed.multiply(rows, "none", operation, other)
+
+
+def tensors_among(values: Iterable[object]) -> Iterator[Tensor]:
+    """Yield the tensors among some values, and those of the products among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Product):
+            yield from value.tensors
 
 
 # A compiled graph cannot hold a packed weight, nor be kept on disk with one: it calls a product by its number.

@@ -202,7 +202,7 @@ class Target:
         if not tokens:
             raise ConfigError("The prompt has no tokens: nothing can be decoded from it.")
         if self.compiled_layers is not None:
-            max_length = self.compiled_layers.capacity(max_length)
+            max_length = self.compiled_layers.graphs.capacity(max_length)
         if cache is None and (self._cache is None or self._cache.capacity < max_length):
             self._cache = PreallocatedCache(self.num_layers, max_length)
         cache = self._cache if cache is None else cache

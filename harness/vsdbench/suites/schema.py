@@ -193,8 +193,8 @@ class SuiteConfig(Config):
         batch_sizes: Also decode so many answers at a time, against plain decoding of as many; [1]: one at a time alone.
         drafters: What is measured.
         peers: Decode loops of others that are measured beside them.
-        compile: Whether the target's steps run compiled, plain decoding's too (``torch.compile``); compiling itself is
-            not timed.
+        compile: Whether steps run compiled (``torch.compile``), the target's, plain decoding's too, and drafters';
+            compiling itself is not timed.
         seed: Of the slices, the interleaving and the sampling.
         expected_prompts_sha256: Hash of the prompts as loaded in full; checked when nothing was overridden that
             changes them.
