@@ -67,6 +67,15 @@ def decode_step(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
                 yield f"{name} layers / matrix products, {rows}", line[f"{name}_over_products"], "x"
 
 
+def draft_step(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
+    """Yield how much faster kernels and compiled steps draft than operations one by one."""
+    parts = [(f"{line['rows']} rows", line["ms"]) for line in result["lines"]]
+    for what, times in [*parts, (f"a tree of {result['budget']}", result["tree"])]:
+        for name, ms in times.items():
+            if name != "operations":
+                yield f"draft step, {what}: {name} / operation by operation", times["operations"] / ms, "x"
+
+
 def autoregressive(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
     """Yield our plain decoding's speed over that of others."""
     for name, found in result["methods"].items():
@@ -140,6 +149,7 @@ def report_time(result: Any) -> Iterator[Row]:  # noqa: ANN401 - its JSON
 BENCHMARKS: Mapping[str, Benchmark] = {
     "products": Benchmark(products, quick=("--rows", "1", "8", "--repeats", "5")),
     "decode_step": Benchmark(decode_step, ("--rows", "1", "8", "16"), ("--rows", "1", "8", "--repeats", "9")),
+    "draft_step": Benchmark(draft_step, quick=("--rows", "1", "8", "--repeats", "9", "--no-compile")),
     "autoregressive": Benchmark(autoregressive, ("--static",), ("--prompts", "2", "--repeats", "2", "--tokens", "32")),
     "speculative": Benchmark(
         speculative, (), ("--methods", "ngram,hf-prompt-lookup", "--prompts", "2", "--repeats", "1")

@@ -18,6 +18,11 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 NO_RATIO = {"aa_control", "coverage", "lossless_sweep"}
 PRINTED = {
     "products": [{"dtype": "float32", "rows": 1, "onednn_ratio": None, "native_ratio": 1.5}],
+    "draft_step": {
+        "lines": [{"rows": 8, "ms": {"operations": 6.0, "native": 2.0}}],
+        "budget": 7,
+        "tree": {"operations": 9.0, "native": 6.0},
+    },
     "autoregressive": {
         "methods": {"autoregressive": {}, "hf-generate": {"our_speed_over_it": 1.31}},
     },
@@ -84,7 +89,7 @@ def test_a_batch_that_is_never_full_is_refused():
 
 def test_ratios_are_shown_and_kept_with_the_machine(benchmarks, started, monkeypatch, tmp_path, capsys):
     file = tmp_path / "new" / "speed.json"
-    names = ["products", "autoregressive", "visual_tokens", "speculative"]
+    names = ["products", "draft_step", "autoregressive", "visual_tokens", "speculative"]
     assert run(benchmarks, monkeypatch, "--quick", "--only", *names, "--json", str(file)) == 0
     assert [name for name, _ in started] == names
     assert all(arguments[0] == "--json" for _, arguments in started)
@@ -93,7 +98,7 @@ def test_ratios_are_shown_and_kept_with_the_machine(benchmarks, started, monkeyp
     assert kept["quick"] is True
     assert {name: entry["result"] for name, entry in kept["benchmarks"].items()} == PRINTED
     shown = capsys.readouterr().out
-    for text in ("1.50 x", "1.31 x", "1.25 x", "0.44 x", "0.90 x", "2.00 %", "3.00 %"):
+    for text in ("1.50 x", "3.00 x", "1.31 x", "1.25 x", "0.44 x", "0.90 x", "2.00 %", "3.00 %"):
         assert text in shown
     assert "20.00 %" not in shown, "the shares of other engines are measured in another way"
 
