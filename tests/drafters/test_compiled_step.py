@@ -18,6 +18,8 @@ from tests.drafters.test_visual_drafters import vispec
 
 from vsdbench.bench.methods import forks
 from vsdbench.decoding.engine import decode, decode_together
+from vsdbench.decoding.interfaces import TreeShape
+from vsdbench.decoding.tree import widest_level
 from vsdbench.models.compiled import Graphs
 from vsdbench_drafters.architectures.compiled_step import compile_step, sizes_for
 from vsdbench_drafters.architectures.one_layer_drafter import CachedLayer
@@ -73,6 +75,15 @@ def test_nothing_is_compiled_again_and_eager_layers_do_not_run(target, compiled,
         drafted(target, compiled, settings(12, shape=ALL), length)
     assert ran == [29, 1, 60]  # the prompts but for their last tokens
     assert compiled.layer.compiled.graphs.count == len(SIZES)
+
+
+def test_there_are_graphs_for_the_widest_level_of_a_fixed_tree(target):
+    drafter = make_drafter_model(target).drafter(target.dtype)
+    shape = TreeShape(kind="static", budget=60, depth=4, top_k=4)
+    drafter.compile(Graphs(static=False, backend=lambda graph, inputs: graph.forward), shape)
+    sizes = drafter.layer.compiled.sizes
+    assert widest_level(shape) > max(SIZES)
+    assert max(sizes) >= widest_level(shape) > max(sizes) / 2
 
 
 def test_more_rows_than_there_is_a_graph_or_room_for_run_eagerly(compiled):

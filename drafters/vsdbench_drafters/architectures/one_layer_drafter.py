@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsdbench.decoding.structure import Ancestry
-from vsdbench.decoding.tree import empty_tree, grow
+from vsdbench.decoding.tree import empty_tree, grow, widest_level
 from vsdbench.models import native
 from vsdbench.models.device import send_numbers
 from vsdbench.models.masks import ContextMask
@@ -314,7 +314,7 @@ class OneLayerDrafter:
         """Let steps run compiled, for trees of a shape; return why they do not, if so (see ``Drafter``)."""
         if self.layer.remembers_images:
             return "a step depends on the image before it"
-        return compile_step(self.layer, sizes_for(max(shape.depth + 1, shape.top_k)), graphs)
+        return compile_step(self.layer, sizes_for(max(shape.depth + 1, widest_level(shape))), graphs)
 
     def _absorb(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Append committed slots to the cache; return their ``[n, H]`` outputs."""

@@ -159,6 +159,20 @@ def fixed_topology(shape: TreeShape) -> Topology:
     return Topology(tuple(parents), tuple(ranks), tuple(depths), tuple(levels), tuple(children))
 
 
+def widest_level(shape: TreeShape) -> int:
+    """Return how many nodes of one level a drafter scores at most.
+
+    >>> widest_level(TreeShape(kind="dynamic", budget=60, depth=7, top_k=10))
+    10
+    >>> widest_level(TreeShape(kind="static", budget=12, depth=2, top_k=4))
+    4
+    """
+    if shape.kind in {"dynamic", "coupled"}:
+        return shape.top_k
+    topology = fixed_topology(shape)
+    return max(sum(topology.num_children[node + 1] > 0 for node in level) for level in topology.levels)
+
+
 def _grow_ranked(scorer: LevelScorer, walk: _TopologyWalk) -> Growing:
     """Fill a topology with the top-ranked children."""
     for level in walk.levels():
