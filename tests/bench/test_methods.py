@@ -6,18 +6,22 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vsdbench import registry
+from vsdbench.bench import methods as module
 from vsdbench.bench.methods import build_methods
+from vsdbench.bench.run import _describe
 from vsdbench.errors import ConfigError
 from vsdbench.suites.schema import DrafterEntry
 
-TARGET = SimpleNamespace(name="toy")
+TARGET = SimpleNamespace(name="toy", device=torch.device("cpu"))
 
 
-def suite(*drafters):
+def suite(*drafters, compiled=False):
     entries = [DrafterEntry(**entry) for entry in drafters]
-    return SimpleNamespace(baselines=["autoregressive", "hf-generate"], drafters=entries, peers=[])
+    baselines = ["autoregressive", "hf-generate"]
+    return SimpleNamespace(baselines=baselines, drafters=entries, peers=[], compile=compiled)
 
 
 @pytest.fixture
@@ -110,6 +114,28 @@ def test_a_draft_model_is_known_by_its_own_weights(plugins, monkeypatch):
     drafter = SimpleNamespace(model=SimpleNamespace(fingerprint="f" * 16))
     monkeypatch.setattr(registry, "load", lambda group, name: lambda target, **details: drafter)
     assert build_methods(suite({"name": "a", "type": "known"}), TARGET)[-1].drafter_fingerprint == "f" * 16
+
+
+@pytest.mark.parametrize("reason", [None, "its steps vary"])
+def test_steps_of_drafters_are_compiled_for_their_trees_if_that_is_asked_for(plugins, monkeypatch, reason):
+    def compile_steps(graphs, shape):
+        graphs.count += shape.depth
+        return reason
+
+    drafters = {"known": SimpleNamespace(name="a", compile_steps=compile_steps), "other": SimpleNamespace(name="b")}
+    load = registry.load
+    monkeypatch.setattr(registry, "load", lambda group, name: load(group, name) and (lambda *_, **__: drafters[name]))
+    monkeypatch.setattr(module, "why_not", lambda device: None)
+    tree = {"kind": "dynamic", "budget": 7, "depth": 3, "top_k": 4}
+    entries = [{"name": name, "type": name, "tree": tree} for name in drafters]
+    *_, able, other = build_methods(suite(*entries, compiled=True), TARGET)
+    assert (able.graphs.count, able.not_compiled) == (3, reason)
+    assert "none of a form" in other.not_compiled
+    told = [entry.get("compiled") for entry in _describe([able, other])]
+    assert told[0] == {"graphs": 3, "seconds": 0.0} | ({"not_compiled": reason} if reason else {})
+    assert told[1]["graphs"] == 0
+    plain = build_methods(suite(*entries), TARGET)[-2]
+    assert (plain.graphs, plain.not_compiled, "compiled" in _describe([plain])[0]) == (None, None, False)
 
 
 def test_baselines_come_first_and_only_drafters_have_trees(plugins):

@@ -43,7 +43,7 @@ def compiled(target, eager):
     """The same weights, its steps as graphs that run operation by operation: over views of the cache, or all of it."""
     drafter = eager.fork()
     graphs = Graphs(static=target.dtype is torch.float64, backend=lambda graph, inputs: graph.forward)
-    assert drafter.compile(graphs, ALL) is None
+    assert drafter.compile_steps(graphs, ALL) is None
     assert graphs.count == len(SIZES)
     assert graphs.seconds > 0
     assert eager.layer.compiled is None
@@ -80,7 +80,7 @@ def test_nothing_is_compiled_again_and_eager_layers_do_not_run(target, compiled,
 def test_there_are_graphs_for_the_widest_level_of_a_fixed_tree(target):
     drafter = make_drafter_model(target).drafter(target.dtype)
     shape = TreeShape(kind="static", budget=60, depth=4, top_k=4)
-    drafter.compile(Graphs(static=False, backend=lambda graph, inputs: graph.forward), shape)
+    drafter.compile_steps(Graphs(static=False, backend=lambda graph, inputs: graph.forward), shape)
     sizes = drafter.layer.compiled.sizes
     assert widest_level(shape) > max(SIZES)
     assert max(sizes) >= widest_level(shape) > max(sizes) / 2
@@ -124,13 +124,13 @@ def test_steps_that_say_something_else_are_not_taken(target):
         return lambda *args: [result * 1.5 for result in graph.forward(*args)]
 
     drafter = make_drafter_model(target).drafter(target.dtype)
-    assert "do not say" in drafter.compile(Graphs(static=False, backend=wrong), ALL)
+    assert "do not say" in drafter.compile_steps(Graphs(static=False, backend=wrong), ALL)
     assert drafter.layer.compiled is None
 
 
 def test_a_drafter_that_remembers_an_image_in_its_steps_says_so(toy_target):
     drafter = spread(vispec(toy_target), torch.float32).drafter(torch.float32)
-    assert "image" in drafter.compile(Graphs(static=False), ALL)
+    assert "image" in drafter.compile_steps(Graphs(static=False), ALL)
 
 
 def test_sizes_reach_the_widest_and_at_most_double():

@@ -21,6 +21,7 @@ def test_a_compiled_run_is_lossless_and_compiles_nothing_late(workspace, monkeyp
     result = workspace.run("--limit", "2", "repeats=1", "compile=true")
     assert result.code == 0
     assert "compiled its steps in" in result.said
+    assert "ngram's steps run as they are, not compiled: it has none" in " ".join(result.said.split())
     found = manifest_of(workspace)
     assert (found["graphs"], found["graphs_while_timed"], found["not_compiled"]) == (2, 0, None)
     assert found["seconds"] > 0

@@ -310,7 +310,7 @@ class OneLayerDrafter:
         output = self.layer.forward(*rows)[-1:]  # the head has many words, and they are wanted of one row alone
         return output, self.layer.log_probs(output)[0]
 
-    def compile(self, graphs: Graphs, shape: TreeShape) -> str | None:
+    def compile_steps(self, graphs: Graphs, shape: TreeShape) -> str | None:
         """Let steps run compiled, for trees of a shape; return why they do not, if so (see ``Drafter``)."""
         if self.layer.remembers_images:
             return "a step depends on the image before it"

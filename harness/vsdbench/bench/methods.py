@@ -229,11 +229,12 @@ def _drafter(entry: DrafterEntry, builder: Callable[..., Drafter], target: Targe
 def _compiled(method: Method, shape: TreeShape, target: Target, console: Console | None) -> Method:
     """Return the method with its drafter's steps compiled for trees of a shape, or with why they are not."""
     drafter = method.drafter.drafter if isinstance(method.drafter, Misled) else method.drafter
-    compile_steps: Callable[[Graphs, TreeShape], str | None] | None = getattr(drafter, "compile", None)
-    if compile_steps is None:
-        return replace(method, not_compiled="it has no steps of a fixed form")
+    compile_steps: Callable[[Graphs, TreeShape], str | None] | None = getattr(drafter, "compile_steps", None)
     graphs = Graphs(static=target.device.type == "cuda")
-    reason = why_not(target.device) or compile_steps(graphs, shape)
+    if compile_steps is None:
+        reason: str | None = "it has none of a form that can be compiled"
+    else:
+        reason = why_not(target.device) or compile_steps(graphs, shape)
     if console is not None and reason:
         console.print(f"[yellow]note:[/] {method.name}'s steps run as they are, not compiled: {reason}")
     elif console is not None:

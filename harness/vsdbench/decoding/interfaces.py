@@ -169,8 +169,8 @@ class Drafter(Protocol):
     A drafter that cannot draft deeper than some depth, whatever it is asked for, says so by an attribute ``max_depth``.
     One that can draft for several sequences has a method ``fork() -> Drafter``, which gives another one with the same
     weights and a state of its own (``bench.methods.forks``); ``DraftsTogether`` makes that cheaper. One whose steps can
-    run compiled has a method ``compile(graphs: models.compiled.Graphs, shape: TreeShape) -> str | None``, which makes
-    them for trees of a shape and says why not, if not.
+    run compiled has a method ``compile_steps(graphs: models.compiled.Graphs, shape: TreeShape) -> str | None``, which
+    compiles them for trees of a shape and says why not, if not.
     """
 
     name: str
