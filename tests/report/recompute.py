@@ -303,11 +303,11 @@ def smallest(one, other):
 
 def controls(name):
     """By baseline its A/A intervals, a temperature each: all together they hold 1 in 99 % of quiet runs."""
-    if len({a["repeat"] for a in answers(name)}) < 2:
+    twice = [b for b in baselines(name) if len({a["repeat"] for a in answers(name) if a["method"] == b}) > 1]
+    if not twice:
         return {}
-    share = 0.01 / len(baselines(name)) / len(temperatures(name))
-    return {b: [same_twice(chosen(name, b, temperature), share) for temperature in temperatures(name)]
-            for b in baselines(name)}  # fmt: skip
+    share = 0.01 / len(twice) / len(temperatures(name))
+    return {b: [same_twice(chosen(name, b, temperature), share) for temperature in temperatures(name)] for b in twice}
 
 
 def same_twice(of, alpha):

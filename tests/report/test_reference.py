@@ -215,6 +215,7 @@ def test_what_was_measured_on_what(name):
     m, text = manifest(name), (folder(name) / "records.jsonl").read_bytes()
     cpu, versions = m["machine"]["cpu"], m["machine"]["versions"]
     repeats = {1: "once", 2: "twice"}[len({a["repeat"] for a in answers(name)})]
+    once = "".join(f", `{baseline}` once" for baseline in config(name).get("once", []))
     modes = {a["temperature"]: (a["mode"], a["rule"]) for a in answers(name) if a["kind"] == "drafter"}
     expected = {
         "run": m["run_id"],
@@ -222,7 +223,7 @@ def test_what_was_measured_on_what(name):
         "target": f"{m['target']}, weights {m['target_fingerprint'][:12]}",
         "dtype": f"{m['dtype']} on {m['device']}",
         "suite": f"{m['suite']}, version {m['suite_version']}",
-        "prompts": f"{len({a['prompt_id'] for a in answers(name)})}, each {repeats}",
+        "prompts": f"{len({a['prompt_id'] for a in answers(name)})}, each {repeats}{once}",
         "answers": f"up to {config(name)['generation']['max_new_tokens']} new tokens",
         "modes": "; ".join(f"{mode} (T = {t:g}), rule {rule}" for t, (mode, rule) in sorted(modes.items())),
         "processor": f"{cpu['model']}, {cpu['num_usable_cores']} cores, "
