@@ -183,7 +183,13 @@ def suite_of(tree, spare=(), prompts=()):
     modes = [Mode(name="greedy", temperature=0, rule="greedy")]
     generation = Generation(max_new_tokens=8, chat=False)
     config = SimpleNamespace(
-        drafters=[entry], seed=0, generation=generation, modes=modes, baselines=["autoregressive"], peers=[]
+        drafters=[entry],
+        seed=0,
+        generation=generation,
+        modes=modes,
+        baselines=["autoregressive"],
+        peers=[],
+        compile=False,
     )
     return SimpleNamespace(config=config, spare=spare, prompts=prompts)
 

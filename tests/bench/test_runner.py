@@ -53,7 +53,7 @@ class Bench:
         generation = GenerationConfig(**({"max_new_tokens": 12} | say))
         config = SimpleNamespace(
             name="toy", version=3, generation=generation, modes=list(modes), repeats=repeats, seed=seed,
-            repeats_of=lambda method: 1 if method in once else repeats,
+            repeats_of=lambda method: 1 if method in once else repeats, compile=False,
         )  # fmt: skip
         prompts = [
             make_prompt(identifier=str(number), category="chat", turns=texts, source="s")

@@ -1,11 +1,10 @@
 """Compiled draft steps are the eager ones, compile once whatever the context, and say why where they are not there.
 
-Like ``models/test_compiled``, all but one stop before the inductor: what is checked is the graph that it is given.
+Like ``models/test_compiled`` they stop before the inductor: what is checked is the graph that it is given.
 """
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -138,11 +137,3 @@ def test_sizes_reach_the_widest_and_at_most_double():
         sizes = sizes_for(most)
         assert most <= sizes[-1] < 2 * most
         assert all(after == 2 * size for size, after in pairwise(sizes))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
-def test_the_inductors_kernels_say_it_too(target):
-    drafter = make_drafter_model(target).drafter(target.dtype)
-    graphs = Graphs(static=False)
-    assert compile_step(drafter.layer, [4], graphs) is None
-    assert graphs.count == 1

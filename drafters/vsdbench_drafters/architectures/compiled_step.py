@@ -95,7 +95,7 @@ class CompiledStep:
         stop = mask.shape[-1]
         keys[:, stop - len(tokens) : stop] = new_keys.transpose(0, 1)
         values[:, stop - len(tokens) : stop] = new_values.transpose(0, 1)
-        return self._after(layer.weighted(queries, keys[:, :stop], values[:, :stop], mask), residual)
+        return self._after(queries, keys[:, :stop], values[:, :stop], mask, residual)
 
     def _over_all_rows(  # noqa: PLR0917 - the compiler knows them by place
         self,
@@ -114,10 +114,13 @@ class CompiledStep:
         queries, new_keys, new_values = layer.heads(x, cos, sin)
         keys.index_copy_(1, rows, new_keys.transpose(0, 1))
         values.index_copy_(1, rows, new_values.transpose(0, 1))
-        return self._after(layer.weighted(queries, keys, values, mask), residual)
+        return self._after(queries, keys, values, mask, residual)
 
-    def _after(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._layer.finish(attended, residual)
+    def _after(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        masks = mask.repeat(queries.shape[1] // len(keys), 1)  # of the query heads of a group
+        output = self._layer.finish(self._layer.weighted(queries, keys, values, masks), residual)
         return output, self._layer.log_probs(output)
 
 

@@ -184,18 +184,18 @@ class CachedLayer:
         stop = row + len(queries)
         self.keys[:, row:stop] = keys.transpose(0, 1)
         self.values[:, row:stop] = values.transpose(0, 1)
-        mask = None if hide is None else self._mask.ending(self._additive(hide), stop)
+        each = self.config.num_attention_heads // len(self.keys)
+        mask = None if hide is None else self._mask.ending(self._additive(hide).repeat(each, 1), stop)
         return self.weighted(queries, self.keys[:, :stop], self.values[:, :stop], mask)
 
     def weighted(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Return ``[n, A * D]``: attention of ``[n, A, D]`` queries to K keys under a mask ``[n, K]``."""
+        """Return ``[n, A * D]``: attention of ``[n, A, D]`` queries to K keys under a mask ``[A / G * n, K]``."""
         (count, heads, width), groups = queries.shape, len(keys)
         each = heads // groups
         # Query heads of a group stand along the query axis, so that keys and values are not repeated.
         stacked = (
             queries.reshape(count, groups, each, width).permute(1, 2, 0, 3).reshape(1, groups, each * count, width)
         )
-        mask = None if mask is None else mask.repeat(each, 1)
         attended = F.scaled_dot_product_attention(stacked, keys[None], values[None], attn_mask=mask)
         return attended.view(groups, each, count, width).permute(2, 0, 1, 3).reshape(count, heads * width)
 
