@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vsdbench.models.compiled import NOT_THE_SAME, compiling
+from vsdbench.models.compiled import NOT_THE_SAME
 from vsdbench.models.fused import median_row_error
 from vsdbench.models.packed import tensors_among
 from vsdbench_drafters.architectures.layer_rows import LayerRows, later
@@ -37,16 +37,14 @@ class CompiledStep:
 
     Attributes:
         sizes: Numbers of rows that there is a graph for.
-        learning: Whether the next call compiles.
     """
 
     def __init__(self, layer: CachedLayer, graphs: Graphs) -> None:
         self._layer = layer
         self.graphs = graphs
         self.sizes: set[int] = set()
-        self.learning = False
         graphs.keep_in_place(tensors_among(vars(layer).values()))
-        self._step = graphs.compiled(self._over_all_rows if graphs.static else self._over_what_is_there)
+        self._step = graphs.compiled(self._run)
 
     def size(self, rows: LayerRows, capacity: int) -> int | None:
         """Return the rows of the graph that runs these, if there is one whose rows fit into the cache."""
@@ -64,13 +62,11 @@ class CompiledStep:
         count, graphs = len(rows.tokens), self.graphs
         turns = (table[rows.positions].expand(count, -1) for table in (cached.cos, cached.sin))
         arguments = [_filled(part, size) for part in (rows.hidden, rows.tokens, *turns)]
-        if graphs.static:
-            graphs.keep_in_place((cached.keys, cached.values))
-            arguments.append(torch.arange(rows.row, rows.row + size, device=rows.tokens.device))
+        graphs.keep_in_place((cached.keys, cached.values))
+        places = torch.arange(rows.row, rows.row + size, device=rows.tokens.device) if graphs.static else None
         mask = self._mask(rows, size, cached.capacity if graphs.static else rows.row + size)
-        if self.learning and not graphs.static:
-            _let_vary(mask, cached.keys, cached.values)
-        output, log_probs = graphs.run(self._step, *arguments, mask, cached.keys, cached.values)
+        graphs.let_vary((mask, cached.keys, cached.values), 1)
+        output, log_probs = graphs.run(self._step, *arguments, mask, cached.keys, cached.values, places)
         if graphs.static:  # the next run writes over them
             return output[:count].clone(), log_probs[:count].clone()
         return output[:count], log_probs[:count]
@@ -85,43 +81,35 @@ class CompiledStep:
             mask[:count, stop - rows.hide.shape[1] : stop].masked_fill_(rows.hide, -torch.inf)
         return mask
 
-    def _over_what_is_there(  # noqa: PLR0917 - the compiler knows them by place
-        self, hidden: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Attend to views of the cache that end with the new rows; how many there are, the mask says."""
-        layer = self._layer
-        x, residual = layer.mix(layer.embed(tokens), hidden)
-        queries, new_keys, new_values = layer.heads(x, cos, sin)
-        stop = mask.shape[-1]
-        keys[:, stop - len(tokens) : stop] = new_keys.transpose(0, 1)
-        values[:, stop - len(tokens) : stop] = new_values.transpose(0, 1)
-        return self._after(queries, keys[:, :stop], values[:, :stop], mask, residual)
-
-    def _over_all_rows(  # noqa: PLR0917 - the compiler knows them by place
+    def _run(  # noqa: PLR0917 - the compiler knows them by place
         self,
         hidden: Tensor,
         tokens: Tensor,
         cos: Tensor,
         sin: Tensor,
-        rows: Tensor,
         mask: Tensor,
         keys: Tensor,
         values: Tensor,
+        places: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend to the whole cache under a mask, so that no shape depends on the context; ``rows`` are written."""
-        layer = self._layer
+        """Attend to views of the cache that end with the new rows, or to all of it, whose rows ``places`` are written.
+
+        How many keys there are the mask says, so where all rows are seen no shape depends on the context.
+        """
+        layer, count = self._layer, len(tokens)
         x, residual = layer.mix(layer.embed(tokens), hidden)
         queries, new_keys, new_values = layer.heads(x, cos, sin)
-        keys.index_copy_(1, rows, new_keys.transpose(0, 1))
-        values.index_copy_(1, rows, new_values.transpose(0, 1))
-        return self._after(queries, keys, values, mask, residual)
-
-    def _after(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        if places is None:
+            stop = mask.shape[-1]
+            keys, values = keys[:, :stop], values[:, :stop]
+            keys[:, stop - count :] = new_keys.transpose(0, 1)
+            values[:, stop - count :] = new_values.transpose(0, 1)
+        else:
+            keys.index_copy_(1, places, new_keys.transpose(0, 1))
+            values.index_copy_(1, places, new_values.transpose(0, 1))
         masks = mask.repeat(queries.shape[1] // len(keys), 1)  # of the query heads of a group
-        output = self._layer.finish(self._layer.weighted(queries, keys, values, masks), residual)
-        return output, self._layer.log_probs(output)
+        output = layer.finish(layer.weighted(queries, keys, values, masks), residual)
+        return output, layer.log_probs(output)
 
 
 def _filled(rows: Tensor, size: int) -> Tensor:
@@ -152,10 +140,8 @@ def compile_step(layer: CachedLayer, sizes: Collection[int], graphs: Graphs) -> 
         hide = later(size, layer.device) if size > 1 else None
         rows = LayerRows(hidden[row:], tokens[row:], slice(row, row + size), row, hide)
         expected = twin.step(rows)
-        compiled.learning = True
-        with compiling():
+        with graphs.learn():
             found = compiled(twin, rows, size)
-        compiled.learning = False
         tolerance = 1e-3 if layer.dtype is torch.float32 else 0.1
         if not all(
             median_row_error(ours.float(), own.float()) <= tolerance for ours, own in zip(found, expected, strict=True)
@@ -164,14 +150,6 @@ def compile_step(layer: CachedLayer, sizes: Collection[int], graphs: Graphs) -> 
         compiled.sizes.add(size)
     layer.compiled = compiled
     return None
-
-
-def _let_vary(*tensors: Tensor) -> None:
-    """Tell the compiler which sizes differ from call to call: the keys that are seen, and the cache's rows."""
-    from torch._dynamo import mark_dynamic  # noqa: PLC0415 - seconds, for those who compile
-
-    for tensor in tensors:
-        mark_dynamic(tensor, 1)
 
 
 def sizes_for(most_rows: int) -> list[int]:

@@ -146,11 +146,13 @@ class CachedLayer:
         """Return ``[n, Vd]`` float32 log-probabilities of what follows ``[n, H]`` outputs."""
         raise NotImplementedError
 
-    def step(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
-        """Run n rows; return their ``[n, H]`` un-normed outputs and ``[n, Vd]`` log-probabilities of what follows."""
+    def step(self, rows: LayerRows, *, last: bool = False) -> tuple[Tensor, Tensor]:
+        """Run n rows; return ``[n, H]`` un-normed outputs and ``[n, Vd]`` log-probabilities, or the last row's."""
+        kept = slice(-1 if last else 0, None)
         if self.compiled is not None and (size := self.compiled.size(rows, self.capacity)):
-            return self.compiled(self, rows, size)
-        output = self.forward(*rows)
+            output, log_probs = self.compiled(self, rows, size)
+            return output[kept], log_probs[kept]
+        output = self.forward(*rows)[kept]
         return output, self.log_probs(output)
 
     def forward(self, hidden: Tensor, tokens: Tensor, positions: slice, row: int, hide: Tensor | None) -> Tensor:
@@ -270,7 +272,10 @@ class OneLayerDrafter:
         if shape.budget < 1 or shape.depth < 1:
             return empty_tree(self.layer.device)
         if self._pending:
-            self.learn_root(*self._newest())
+            features, tokens = self.take_pending()
+            rows = self.committed_rows(self.layer.project(features), tokens)
+            hidden, log_probs = self.layer.step(rows, last=True)
+            self.learn_root(hidden, log_probs[0])
         self.reserve(shape)
         return grow(Growth(self), shape, state=state, temperature=temperature, generator=generator)
 
@@ -299,16 +304,6 @@ class OneLayerDrafter:
     def commit(self, state: TargetState, num_accepted: int, features: Tensor) -> None:
         """Queue the new pairs of feature and following token; the next proposal's first forward takes them in."""
         self._pending.append((features, state.last_tokens(num_accepted + 1)))
-
-    def _newest(self) -> tuple[Tensor, Tensor]:
-        """Append what is pending; return the ``[1, H]`` output at the newest slot and ``[Vd]`` log-probabilities."""
-        features, tokens = self.take_pending()
-        rows = self.committed_rows(self.layer.project(features), tokens)
-        if self.layer.compiled is not None:
-            output, log_probs = self.layer.step(rows)
-            return output[-1:], log_probs[-1]
-        output = self.layer.forward(*rows)[-1:]  # the head has many words, and they are wanted of one row alone
-        return output, self.layer.log_probs(output)[0]
 
     def compile_steps(self, graphs: Graphs, shape: TreeShape) -> str | None:
         """Let steps run compiled, for trees of a shape; return why they do not, if so (see ``Drafter``)."""

@@ -54,13 +54,15 @@ class Graphs:
         backend: Compiles a graph, given it and its example inputs; None means the inductor.
 
     Attributes:
+        learning: Whether a call may compile for another number of rows.
         count: Graphs compiled so far.
         seconds: What calls that compiled took.
     """
 
     def __init__(self, *, static: bool, backend: Backend | None = None) -> None:
         self.static = static
-        self._backend = backend or self._inductor
+        self._backend = self._inductor if backend is None else backend
+        self.learning = False
         self.count = 0
         self.seconds = 0.0
 
@@ -90,6 +92,29 @@ class Graphs:
             for tensor in tensors:
                 mark_static_address(tensor)
 
+    def let_vary(self, tensors: Iterable[Tensor], dimension: int) -> None:
+        """Tell the compiler, while it learns, which sizes differ from call to call; all others are fixed."""
+        if self.learning and not self.static:
+            from torch._dynamo import mark_dynamic  # noqa: PLC0415 - likewise
+
+            for tensor in tensors:
+                mark_dynamic(tensor, dimension)
+
+    @contextmanager
+    def learn(self) -> Iterator[None]:
+        """Let calls compile, more graphs than the compiler usually does, and without its advice."""
+        from torch._dynamo import config  # noqa: PLC0415 - likewise
+
+        config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _MOST_GRAPHS)
+        self.learning = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's, about what it does not fuse
+                yield
+        finally:
+            self.learning = False
+
     def describe(self) -> dict[str, Any]:
         """Return, for a manifest, how many graphs were compiled in how many seconds."""
         return {"graphs": self.count, "seconds": self.seconds}
@@ -117,7 +142,6 @@ class CompiledLayers:
 
     Attributes:
         rows: Numbers of rows that graphs were made for; more than the largest are for the eager layers.
-        learning: Whether a call may add to them.
     """
 
     def __init__(
@@ -128,7 +152,6 @@ class CompiledLayers:
         self._hidden = torch.finfo(dtype).min
         self.graphs = graphs
         self.rows: set[int] = set()
-        self.learning = False
         graphs.keep_in_place(fused.weights())
         self._step = graphs.compiled(self._over_all_rows if graphs.static else self._over_what_is_there)
 
@@ -142,7 +165,7 @@ class CompiledLayers:
     ) -> Tensor:
         """Return the ``[n, H]`` last normed states; arguments as those of ``FusedLayers``."""
         fits = cache.length + len(embedded) <= cache.capacity  # otherwise the eager layers say what is wrong
-        if not fits or (len(embedded) not in self.rows and not self.learning):
+        if not fits or (len(embedded) not in self.rows and not self.graphs.learning):
             return self._fused(embedded, positions, masks, cache, kept)
         keys = [layer.keys for layer in cache.layers]
         values = [layer.values for layer in cache.layers]
@@ -151,8 +174,8 @@ class CompiledLayers:
             rows = torch.arange(cache.length, cache.length + len(embedded), device=embedded.device)
             self.graphs.keep_in_place([*keys, *values])
             arguments = embedded, positions, self._widened(masks, cache), keys, values, rows
-        elif self.learning:
-            _let_vary(masks, [*keys, *values])
+        self.graphs.let_vary([masks] if isinstance(masks, Tensor) else masks.values(), 3)
+        self.graphs.let_vary([*keys, *values], 2)
         last: Tensor
         last, entered = self.graphs.run(self._step, *arguments)
         kept.update(zip(self._features, (states[None] for states in entered), strict=True))
@@ -162,7 +185,7 @@ class CompiledLayers:
         """Return a tree filled up to the next size that there is a graph for, if that fits into ``room`` cache rows."""
         num_rows = len(tree) + 1
         size = min((size for size in self.rows if num_rows <= size <= room), default=num_rows)
-        if self.learning or (more := size - num_rows) == 0:
+        if self.graphs.learning or (more := size - num_rows) == 0:
             return tree
         tokens = torch.cat([tree.tokens, tree.tokens.new_zeros(more)])
         return TokenTree(tokens, extended(tree.parents, more, -1), extended(tree.depths, more, 1), tokens.float())
@@ -220,16 +243,6 @@ class CompiledLayers:
         }
 
 
-def _let_vary(masks: Tensor | dict[str, Tensor], cache: Sequence[Tensor]) -> None:
-    """Tell the compiler which sizes differ from call to call: the keys, and the cache's rows; all others are fixed."""
-    from torch._dynamo import mark_dynamic  # noqa: PLC0415 - seconds, for those who compile
-
-    for mask in [masks] if isinstance(masks, Tensor) else masks.values():
-        mark_dynamic(mask, 3)
-    for tensor in cache:
-        mark_dynamic(tensor, 2)
-
-
 def compile_layers(target: Target, rows: Collection[int], probe: Sequence[int]) -> str | None:
     """Let the target's tree forwards run compiled, if they then say what its fused layers say; return why not, if not.
 
@@ -256,27 +269,13 @@ def learn(target: Target, compiled: CompiledLayers, rows: Collection[int], probe
         for target.compiled_layers in (None, compiled):
             state = target.prefill(prompt, len(prompt) + count + _SPARE_ROWS)
             state.tokens.append(probe[0])
-            compiled.learning = True
-            with compiling():
+            with compiled.graphs.learn():
                 found.append(target.forward_tree(state, any_chain(count - 1, target.device)).features)
-            compiled.learning = False
         if not agree(found[1], found[0]):
             target.compiled_layers = None
             return NOT_THE_SAME
         compiled.rows.add(count)
     return None
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Let more graphs be compiled than the compiler usually does, without its advice."""
-    from torch._dynamo import config  # noqa: PLC0415 - seconds, for those who compile
-
-    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _MOST_GRAPHS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's, about what it does not fuse
-        yield
 
 
 def num_graphs(target: Target) -> int:
