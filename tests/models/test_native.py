@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -367,3 +369,25 @@ def test_without_kernels_a_target_still_decodes_the_same_tokens(monkeypatch):
     )  # fmt: skip
     assert target.layers_are == ("fused" if onednn.can_pack(torch.float32) else "own")
     assert decode(target, Autoregressive(), PROMPT, chosen).token_ids == with_kernels
+
+
+@needs_kernels
+def test_kernels_that_are_being_compiled_are_waited_for_and_not_compiled_twice(tmp_path, monkeypatch):
+    made = native._folder() / f"{native._key()}.so"
+    began, compiled = threading.Event(), []
+
+    def compile_slowly(compiler, path):
+        began.set()
+        time.sleep(0.2)  # the other one comes now
+        path.parent.mkdir(parents=True)
+        path.write_bytes(made.read_bytes())
+        compiled.append(path)
+
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(native, "_compile", compile_slowly)
+    monkeypatch.setattr(native, "library", native._load.__wrapped__)  # without what is known from before
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    native.prepare()
+    assert began.wait(10)
+    assert native.library()[0] is not None
+    assert len(compiled) == 1
