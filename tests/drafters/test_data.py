@@ -132,7 +132,7 @@ def test_second_call_reads_the_cache(target, monkeypatch):
 def test_interrupted_run_continues_to_the_same_data(target, tmp_path, monkeypatch, kill_after):
     expected = make(target)
     monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(data_module, "_SHARD_SEQUENCES", 4)
+    monkeypatch.setattr(data_module, "_SHARD_S", 0.0)
     stream, answered = generate.SlotGenerator.stream, []
 
     def killed(self, requests, **more):
@@ -164,7 +164,7 @@ def test_features_come_with_the_answers_whatever_happens_in_between(tmp_path, mo
     pack(target.model)
     decoder = target.model.get_decoder()
     target.fused_layers = FusedLayers(decoder, decoder.layers, target.model.config)
-    monkeypatch.setattr(data_module, "_SHARD_SEQUENCES", 4)
+    monkeypatch.setattr(data_module, "_SHARD_S", 0.0)
     keeps = Keeps((1, 0, 1))
 
     def spools():
@@ -205,6 +205,26 @@ def test_torn_shard_and_torn_result_are_made_again(target):
     again = make(target)
     assert as_lists(again.sequences) == before
     assert not list(again.path.glob("shard-*"))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_process_that_is_killed_loses_no_more_than_some_seconds(target, tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(data_module, "_SHARD_S", seconds)
+    stream, on_disk = generate.SlotGenerator.stream, []
+
+    def watched(self, requests, **more):
+        for response in stream(self, requests, **more):
+            on_disk.append(len(list(tmp_path.glob("data/*/shard-*"))))
+            yield response
+
+    monkeypatch.setattr(generate.SlotGenerator, "stream", watched)
+    make(target)
+    assert len(on_disk) > 3
+    if seconds:
+        assert set(on_disk) == {0}
+    else:
+        assert all(found >= count for count, found in enumerate(on_disk))
 
 
 def test_a_shard_that_cannot_be_read_now_is_not_lost(tmp_path, monkeypatch):

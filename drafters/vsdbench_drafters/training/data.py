@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from vsdbench_drafters.training.prompts import Article
     from vsdbench_drafters.training.spool import FeatureSpool
 
-_SHARD_SEQUENCES = 128
+_SHARD_S = 30.0
+"""Seconds of answers that a killed process may lose."""
 _MAX_SKIPPED = 1000
 _MAX_IDLE = 2000
 """Answers in a row that add nothing new, after which no more are asked for."""
@@ -221,6 +222,7 @@ class _Maker:
         self._seen: set[bytes] = set()
         self._num = {"train": Tally(), "heldout": Tally()}
         self._unsaved: list[Answer] = []
+        self._saved = time.monotonic()
         self._idle = 0
         for answer in folder.load_shards().values():
             self._note(answer)
@@ -328,7 +330,7 @@ class _Maker:
         before = len(self._seen)
         self._note(answer)
         self._unsaved.append(answer)
-        if len(self._unsaved) >= _SHARD_SEQUENCES:
+        if time.monotonic() - self._saved >= _SHARD_S:
             self._flush()
         self._idle = self._idle + 1 if len(self._seen) == before else 0
         if self._idle >= _MAX_IDLE:
@@ -356,6 +358,7 @@ class _Maker:
                 spool.close()
             self._folder.save_shard(self._unsaved)
             self._unsaved = []
+        self._saved = time.monotonic()
 
     def _may_be_enough(self) -> bool:
         train, heldout = self._num["train"], self._num["heldout"]
