@@ -47,8 +47,8 @@ MOST_ROWS = 256
 """Of one call; more have not been measured."""
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, MOST_ROWS)
 _NORM_ROWS = 64
-_COMPILING = threading.Lock()
 """Rows up to which a norm is computed here, by one thread."""
+_COMPILING = threading.Lock()
 _AS_GOOD, _LOST = 1.3, 2.0
 """What these kernels may take of the time of others and still be chosen: layers in one call save more than that between
 their products, and a row does not depend on others. And where more rows need not be tried."""
