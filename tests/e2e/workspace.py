@@ -60,6 +60,7 @@ def save_model(folder: Path, seed: int = 0) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,  # the narrowest that native kernels take
         max_position_embeddings=256,
         bos_token_id=fast.eos_token_id,
         eos_token_id=fast.eos_token_id,

@@ -6,6 +6,8 @@ that is held against the eager layers wherever a target is loaded.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from tests.decoding.tiny import (
@@ -18,10 +20,12 @@ from tests.decoding.tiny import (
     settings,
     tree_of,
 )
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from vsdbench.decoding.engine import decode
 from vsdbench.errors import ConfigError
-from vsdbench.models.compiled import CompiledLayers, Graphs, describe, learn
+from vsdbench.models import native
+from vsdbench.models.compiled import CompiledLayers, Graphs, describe, learn, why_not
 from vsdbench.models.fused import FusedLayers
 from vsdbench.models.target import Target
 
@@ -43,8 +47,8 @@ def eager():
     return target
 
 
-def make_compiled(*, static=False, backend=lambda graph, inputs: graph.forward):
-    target = eager()
+def make_compiled(*, static=False, backend=lambda graph, inputs: graph.forward, target=None):
+    target = target or eager()
     graphs = Graphs(static=static, backend=backend)
     layers = CompiledLayers(target.fused_layers, target.feature_layers, dtype=target.dtype, graphs=graphs)
     target.not_compiled = learn(target, layers, ROWS, PROBE)
@@ -85,6 +89,19 @@ def test_decoding_is_lossless(target, shape, temperature):
     drafter = AdversarialDrafter(answer, len(prompt), seed=2)
     assert decode(target, drafter, prompt, chosen).token_ids == answer
     assert drafter.num_accepted > 0
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.why_not()}")
+@pytest.mark.parametrize("static", [False, True])
+def test_kernels_may_have_read_the_prompt(static):
+    model = make_model("llama", dtype=torch.float32, num_hidden_layers=2, head_dim=16)
+    target = Target(model, None, name="llama", fingerprint="0" * 16)
+    assert target.layers_are == "native"
+    prompt, chosen = make_prompt(9, seed=1), settings(16)
+    answer = plain(target, prompt, chosen)
+    assert make_compiled(static=static, target=target).not_compiled is None
+    assert describe(target)["graphs"] == len(ROWS)
+    assert plain(target, prompt, chosen) == answer
 
 
 def test_nothing_is_compiled_again(target):
@@ -155,6 +172,15 @@ def test_without_a_compiler_the_layers_stay_eager_and_the_reason_is_said(monkeyp
     assert target.compiled_layers is None
     assert "no-such-compiler" in target.not_compiled
     assert describe(target) == {"graphs": 0, "seconds": 0.0, "not_compiled": target.not_compiled}
+
+
+def test_compiled_code_is_kept_in_the_cache_folder_unless_another_one_is_asked_for(monkeypatch, tmp_path):
+    """torch names a folder of its own as soon as it is imported, so that one says nothing."""
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    for before, after in ((default_cache_dir(), str(tmp_path / "inductor")), ("/elsewhere", "/elsewhere")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        why_not(torch.device("cpu"))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == after
 
 
 def test_layers_without_a_fused_form_are_not_compiled():

@@ -40,6 +40,7 @@ CAPACITY_STEP = 512
 
 NOT_THE_SAME = "compiled layers do not say what the eager ones say"
 _SPARE_ROWS = 32
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _MOST_GRAPHS = 1024
 """Sizes of all drafters and targets of one process together: the compiler would stop at a few."""
 
@@ -295,7 +296,10 @@ def why_not(device: torch.device) -> str | None:
 
     Compiled code is kept in the cache folder from now on, so that later processes find it.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # noqa: PLC0415 - as below
+
+    if os.environ.get(_FOLDER, default_cache_dir()) == default_cache_dir():  # torch sets it itself on import
+        os.environ[_FOLDER] = str(cache_dir() / "inductor")
     if device.type == "cuda":
         found = importlib.util.find_spec("triton") is not None
         return None if found else "triton is not installed: pip install triton"

@@ -91,8 +91,7 @@ class FusedLayers:
         """
         if self.native is not None and self.native.takes(len(embedded)):
             cache.room_for(len(embedded))
-            shape = self._groups, self._width
-            buffers = cache.whole("keys", shape, embedded), cache.whole("values", shape, embedded)
+            buffers = cache.whole(self.shape, embedded)
             return self.run_native(embedded, positions, masks, buffers, cache.length, kept=kept)
 
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vsdbench.errors import ConfigError
@@ -26,8 +27,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self._index = index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = self._cache.buffer("keys", key_states, self._index)
-        self.values = self._cache.buffer("values", value_states, self._index)
+        self.keys = _apart(self._cache.buffer("keys", key_states, self._index))
+        self.values = _apart(self._cache.buffer("values", value_states, self._index))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -47,6 +48,14 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_max_length(self) -> int:
         return self._cache.capacity
+
+
+def _apart(view: Tensor) -> Tensor:
+    """Return the same memory as a storage of its own: views of one, a compiler compares with each other for minutes.
+
+    Only their sizes on a CPU are symbols to it, and such comparisons slow.
+    """
+    return from_dlpack(view) if view.device.type == "cpu" else view
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
@@ -79,22 +88,25 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
             )
         return stop
 
-    def whole(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """Return all layers' buffer, ``[num_layers, 1, num_kv_heads, capacity, head_dim]``.
+    def whole(self, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all layers, ``[num_layers, 1, num_kv_heads, capacity, head_dim]`` each.
 
         Args:
-            name: ``keys`` or ``values``.
-            shape: Heads and width.
-            like: Of its dtype and device.
+            shape: Heads and width, the same in every layer.
+            like: Of the cache's dtype and device.
         """
-        key = (name, *shape)
-        if key not in self._buffers:
-            self._buffers[key] = self._allocate(key, like)
-        return self._buffers[key]
+        if ("keys", *shape) not in self._buffers:
+            none = like.new_empty(1, shape[0], 0, shape[1])
+            for layer in self.layers:
+                layer.lazy_initialization(none, none)
+        return self._buffers["keys", *shape], self._buffers["values", *shape]
 
     def buffer(self, name: str, states: Tensor, index: int) -> Tensor:
         """Return layer ``index``'s buffer for states of this shape, ``[1, num_kv_heads, capacity, head_dim]``."""
-        return self.whole(name, (states.shape[1], states.shape[3]), states)[index]
+        key = (name, states.shape[1], states.shape[3])
+        if key not in self._buffers:
+            self._buffers[key] = self._allocate(key, states)
+        return self._buffers[key][index]
 
     def _allocate(self, key: tuple[str, int, int], states: Tensor) -> Tensor:
         _, heads, width = key
