@@ -15,6 +15,7 @@ import vsdbench
 from vsdbench.cli import app, verb
 from vsdbench.cli.common import output, print_json
 from vsdbench.errors import EnvironmentProblemError
+from vsdbench.models import device as devices
 
 VERBS = ("run", "train", "ablate", "compare", "report", "list", "models", "show", "cp", "validate", "schema", "doctor")
 SUITE = """\
@@ -201,13 +202,18 @@ def test_schema_is_a_json_schema(call, kind, key):
     assert schema["additionalProperties"] is False
 
 
-def test_dry_run_of_train_prints_one_object(call):
-    result = call("train", "eagle3-kl-quickstart", "--dry-run", "--json", "--target", "smollm2-135m-q4")
-    printed = json.loads(result.stdout)
-    [drafter] = printed["drafters"]
-    assert (printed["schema"], drafter["recipe"]) == (1, "eagle3-kl-quickstart")
-    assert not drafter["cached"]
-    assert drafter["seconds"] > 0
+def test_dry_run_of_train_prints_one_object_for_this_machine(call, monkeypatch):
+    seconds = []
+    for flops in (1e11, 2e11):
+        monkeypatch.setattr(devices, "product_flops", lambda _device, _dtype, flops=flops: flops)
+        result = call("train", "eagle3-kl-quickstart", "--dry-run", "--json", "--target", "smollm2-135m-q4")
+        printed = json.loads(result.stdout)
+        [drafter] = printed["drafters"]
+        assert (printed["schema"], drafter["recipe"]) == (1, "eagle3-kl-quickstart")
+        assert not drafter["cached"]
+        seconds.append(drafter["seconds"])
+    assert seconds[0] == pytest.approx(2 * seconds[1])
+    assert seconds[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,15 @@ def test_estimate_grows_with_the_work(tmp_path, monkeypatch):
     assert estimate(load_recipe(path, ["training.features=online"]))["bytes"] == 0
 
 
+def test_a_machine_whose_products_are_faster_is_estimated_to_need_less(tmp_path, monkeypatch):
+    monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
+    recipe = load_recipe("contest-quickstart:vsd@0")
+    usual, twice, gpu = (estimate(recipe, flops=flops)["seconds"] for flops in (230e9, 460e9, 1e15))
+    assert usual == pytest.approx(estimate(recipe)["seconds"])
+    assert twice == pytest.approx(usual / 2)
+    assert gpu > usual / 100  # small models keep it waiting
+
+
 def test_a_step_is_charged_at_the_rate_of_its_architecture(tmp_path, monkeypatch):
     monkeypatch.setenv("VSDBENCH_CACHE", str(tmp_path))
     names = ("eagle3-ce-quickstart", "eagle-feature-quickstart", "medusa-ce-quickstart")

@@ -7,7 +7,7 @@ import torch
 
 from vsdbench.errors import ConfigError, EnvironmentProblemError
 from vsdbench.models import device as devices
-from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, synchronize
+from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, product_flops, synchronize
 
 CPU = torch.device("cpu")
 
@@ -60,6 +60,12 @@ def test_the_measurement_is_a_positive_ratio_measured_once():
     first = bf16_speedup(CPU)
     assert first > 0
     assert bf16_speedup(CPU) == first
+
+
+def test_operations_a_second_are_measured_once():
+    first = product_flops(CPU, torch.float32)
+    assert 1e6 < first < 1e15
+    assert product_flops(CPU, torch.float32) == first
 
 
 def test_what_else_runs_on_the_machine_does_not_decide_the_dtype(monkeypatch):

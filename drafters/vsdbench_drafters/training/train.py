@@ -48,11 +48,14 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # raised when the same recipe would train other weights
 
-# Response tokens a second on two idle CPU cores with the embedded 135M target; only the time estimate reads them.
-_DATA_TOKENS_PER_S = 750.0
-_FEATURE_TOKENS_PER_S = 1800.0
-_LAYER_STEPS_PER_S = 4500.0
-_DECODED_TOKENS_PER_S = 80.0  # held-out prompts, during training
+# Response tokens a second with the embedded 135M target on a machine whose products of training do so many operations a
+# second (two CPU cores without bf16); only the time estimate reads them, and takes others for faster in proportion.
+_FLOPS = 230e9
+_MOST_FASTER = 30.0  # no figures of GPUs yet: small models keep them waiting
+_DATA_TOKENS_PER_S = 190.0
+_FEATURE_TOKENS_PER_S = 620.0
+_LAYER_STEPS_PER_S = 1500.0
+_DECODED_TOKENS_PER_S = 45.0  # held-out prompts, during training
 # A step of the loss beside one of EAGLE-3, in processor time: EAGLE-1 0.84 to 0.98; a Medusa head, which has no layer,
 # 0.37 with a draft vocabulary of 4,096 and 0.59 with 8,192.
 _STEP_COST = {"eagle3": 1.0, "eagle": 1.0, "medusa": 0.5, "msd": 1.0, "vispec": 1.0}
@@ -62,7 +65,7 @@ _FEATURE_NUMBERS, _KEY_NUMBERS = 4 * 576, 30 * 2 * 3 * 64  # a token, of the emb
 _TOTAL_PER_RESPONSE = 1.35  # tokens of a sequence for each response token, prompts included
 # The same of the built target and rendered pictures, each read by itself: 81 visual tokens, answers of 19 on average.
 _SHOWN_TOTAL_PER_RESPONSE = 6.2
-_SHOWN_TOKENS_PER_S = 1150.0
+_SHOWN_TOKENS_PER_S = 330.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,7 @@ def _recipe_hash(recipe: RecipeConfig) -> str:
     return content_hash([recipe.content(), _recipe_hash(load_recipe(recipe.warm_start))])
 
 
-def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[str, Any]:
+def estimate(recipe: RecipeConfig, *, target_name: str | None = None, flops: float | None = None) -> dict[str, Any]:
     """Return what a recipe would cost, without loading anything (entry point ``estimate``).
 
     Keys: ``cached`` (a drafter of this recipe for a target of this name is there, and the costs are 0), ``data_s``
@@ -252,14 +255,15 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None) -> dict[st
         training_s += decoded / _DECODED_TOKENS_PER_S
     warm_s = 0.0
     if recipe.warm_start is not None:
-        warm_s = estimate(load_recipe(recipe.warm_start), target_name=target_name)["seconds"]
+        warm_s = estimate(load_recipe(recipe.warm_start), target_name=target_name, flops=flops)["seconds"]
+    faster = min((flops or _FLOPS) / _FLOPS, _MOST_FASTER)
     return {
         "cached": False,
         "data_key": key,
-        "data_s": data_s,
-        "training_s": training_s,
+        "data_s": data_s / faster,
+        "training_s": training_s / faster,
         "warm_start": recipe.warm_start,
-        "seconds": data_s + training_s + warm_s,
+        "seconds": (data_s + training_s) / faster + warm_s,
         "bytes": size + key_size * keys if cached else 0,
         "slot_columns": recipe.data.slots * (recipe.data.max_prompt_tokens + recipe.data.max_new_tokens),
         "keeps_states": cached and not seen,

@@ -22,7 +22,7 @@ from vsdbench.bench.run import RunOptions, load_target, open_suite
 from vsdbench.decoding.engine import Autoregressive, DecodeSettings, decode
 from vsdbench.decoding.tree import any_chain
 from vsdbench.models.branching import key_shape
-from vsdbench.models.device import dtype_name, seconds_of
+from vsdbench.models.device import dtype_name, product_flops, seconds_of
 from vsdbench.models.image_prompt import num_image_tokens
 from vsdbench.pictures.settings import check_is_built
 
@@ -189,7 +189,7 @@ def _training(config: SuiteConfig, target: Target) -> list[dict[str, Any]]:
             return
         seen.add(name)
         recipe = registry.load("vsdbench.trainers", "load")(name, ())
-        cost = registry.load("vsdbench.trainers", "estimate")(recipe)
+        cost = registry.load("vsdbench.trainers", "estimate")(recipe, flops=product_flops(target.device, target.dtype))
         if warm := cost.get("warm_start"):
             add(warm)
         seconds = cost["training_s"] + (0.0 if cost["data_key"] in data_seen else cost["data_s"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -162,11 +163,9 @@ def train(  # noqa: PLR0917 - a command's options
     with joined(device) as processes:
         console = notes(quiet=quiet or not processes.is_first)
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        estimate = registry.load("vsdbench.trainers", "estimate")
-        results = [
-            {"recipe": name} | (estimate(recipe) if dry_run else _train_one(recipe, options, processes, console))
-            for name, recipe in recipes.items()
-        ]
+        train_one = partial(_train_one, options, processes, console)
+        make = partial(_estimate_training, dtype, processes) if dry_run else train_one
+        results = [{"recipe": name} | make(recipe) for name, recipe in recipes.items()]
     if not processes.is_first:
         return
     if as_json:
@@ -178,7 +177,19 @@ def train(  # noqa: PLR0917 - a command's options
             typer.echo("  ".join(f"{key}: {value}" for key, value in shown.items()))
 
 
-def _train_one(recipe: Any, options: dict[str, Any], processes: Processes, console: Console) -> dict[str, Any]:  # noqa: ANN401
+def _estimate_training(dtype: str, processes: Processes, recipe: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what training a recipe would cost on this machine, its target being as small as the embedded one."""
+    from vsdbench import registry
+    from vsdbench.models.device import choose_device, choose_dtype, product_flops
+
+    device = choose_device(processes.device)
+    cost: dict[str, Any] = registry.load("vsdbench.trainers", "estimate")(
+        recipe, flops=product_flops(device, choose_dtype(dtype, device))
+    )
+    return cost
+
+
+def _train_one(options: dict[str, Any], processes: Processes, console: Console, recipe: Any) -> dict[str, Any]:  # noqa: ANN401
     """Load a recipe's target, train its drafter, and return what is said of it."""
     from vsdbench import registry
     from vsdbench.bench.run import RunOptions, load_target

@@ -84,6 +84,15 @@ def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
     return functools.partial(seconds_of, multiply, device)
 
 
+@functools.cache
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations a second of products as large as those of training, measured."""
+    rows, weight = torch.ones(512, 576, device=device, dtype=dtype), torch.ones(8192, 576, device=device, dtype=dtype)
+    product = functools.partial(torch.nn.functional.linear, rows, weight)
+    seconds_of(product, device)  # warm
+    return 2.0 * rows.numel() * len(weight) / seconds_of(product, device, repeats=5)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that a clock read next is true."""
     if device.type == "cuda":
