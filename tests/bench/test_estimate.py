@@ -63,16 +63,18 @@ def timings(monkeypatch):
 
 
 @pytest.fixture
-def trainers(monkeypatch):
+def trainers(monkeypatch, target):
     """Recipes that cost 100 s of training and share 40 s of data; 'done' is in the cache."""
     real = registry.load
+    monkeypatch.setattr(module, "product_flops", lambda device, dtype: 1e11)
+    monkeypatch.setattr(module, "TRAINED_FOR", sum(p.numel() for p in target.model.parameters()))
 
     def load(group, name):
         if (group, name) == ("vsdbench.trainers", "load"):
             return lambda recipe, overrides: recipe
         if (group, name) == ("vsdbench.trainers", "estimate"):
-            return lambda recipe: {
-                "training_s": 100.0,
+            return lambda recipe, flops: {
+                "training_s": 1e13 / flops,
                 "data_s": 40.0,
                 "data_key": "shared",
                 "cached": recipe == "done",
@@ -138,6 +140,13 @@ def test_shared_data_is_counted_once_and_what_is_cached_not_at_all(config, timin
         ("done", 100.0, True),
     ]
     assert result["seconds"] == pytest.approx(sum(seconds(result).values()) + 240 + module.SECONDS_OUTSIDE)
+
+
+def test_training_takes_longer_for_larger_targets(config, timings, trainers, monkeypatch):
+    monkeypatch.setattr(module, "TRAINED_FOR", module.TRAINED_FOR / 3)
+    config.drafters = [DrafterEntry(name="a", type="eagle3", recipe="new")]
+    [training] = module.estimate("toy", RunOptions(), QUIET)["training"]
+    assert training["seconds"] == pytest.approx(3 * 100 + 40)
 
 
 def test_memory_has_room_for_the_answers_that_are_made_side_by_side(config, timings, trainers, target, monkeypatch):

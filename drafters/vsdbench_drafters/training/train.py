@@ -224,8 +224,13 @@ def estimate(recipe: RecipeConfig, *, target_name: str | None = None, flops: flo
     (answers and features, which recipes with the same ``data_key`` share), ``training_s``, ``warm_start`` (a recipe
     that must be trained first, or None), ``seconds`` (all together, the warm start's included), ``bytes`` of the
     cache, and ``slot_columns``: tokens for which the target's keys and values have room while answers are made (0: no
-    answers are), with ``keeps_states`` where its states have, too. The rates are those of the embedded target on two
-    idle CPU cores.
+    answers are), with ``keeps_states`` where its states have, too.
+
+    Args:
+        recipe: The recipe.
+        target_name: Another target than the recipe's.
+        flops: Operations a second of this machine's products (``models.device.product_flops``), over how many times a
+            target is as large as the embedded one; None: as where the rates were measured.
     """
     key = content_hash(recipe.data.content())
     wanted = (_recipe_hash(recipe), target_name or recipe.target)

@@ -44,6 +44,8 @@ REPORTING_BYTES = 250_000_000
 """Statistics and figures, and what ``generate`` of transformers keeps."""
 TRAINING_BYTES = 1_000_000_000
 """Weights, gradients, optimiser and activations of a one-layer drafter; its features come on top."""
+TRAINED_FOR = 135e6
+"""Parameters of the target that the trainers' rates are of; all costs of training grow about as a target's do."""
 SECONDS_OUTSIDE = 8.0
 """Imports, loading, warm-up and summary."""
 
@@ -180,6 +182,7 @@ def _is_model(entry: DrafterEntry) -> bool:
 
 def _training(config: SuiteConfig, target: Target) -> list[dict[str, Any]]:
     """Return what the drafters that the suite trains would cost; data and warm starts that are shared count once."""
+    larger = sum(parameter.numel() for parameter in target.model.parameters()) / TRAINED_FOR
     found: list[dict[str, Any]] = []
     data_seen: set[str] = set()
     seen: set[str] = set()
@@ -189,7 +192,8 @@ def _training(config: SuiteConfig, target: Target) -> list[dict[str, Any]]:
             return
         seen.add(name)
         recipe = registry.load("vsdbench.trainers", "load")(name, ())
-        cost = registry.load("vsdbench.trainers", "estimate")(recipe, flops=product_flops(target.device, target.dtype))
+        flops = product_flops(target.device, target.dtype) / larger
+        cost = registry.load("vsdbench.trainers", "estimate")(recipe, flops=flops)
         if warm := cost.get("warm_start"):
             add(warm)
         seconds = cost["training_s"] + (0.0 if cost["data_key"] in data_seen else cost["data_s"])
