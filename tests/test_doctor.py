@@ -39,7 +39,7 @@ def test_bound_follows_from_bandwidth_and_weights(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(4000))
     monkeypatch.setattr(doctor, "memory_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(doctor, "matmul_flops", lambda device, dtype: 2e9)
+    monkeypatch.setattr(doctor, "product_flops", lambda device, dtype: 2e9)
     monkeypatch.setattr(doctor, "choose_dtype", lambda name, device: torch.bfloat16)
     step = {"rows": 1, "products_ms": 0.004, "own_ms": 0.008, "fused_ms": 0.006, "step_ms": 0.005}
     monkeypatch.setattr(doctor, "_decode_step", lambda device, dtype: step)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vsdbench.bench.decode_step import measure_steps
 from vsdbench.models import native
-from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, dtype_name, seconds_of
+from vsdbench.models.device import bf16_speedup, choose_device, choose_dtype, dtype_name, product_flops, seconds_of
 from vsdbench.models.packed import can_pack
 from vsdbench.models.source import DEFAULT_MODEL, fetch_model
 from vsdbench.models.target import Target
@@ -49,7 +49,7 @@ def examine(device_name: str = "auto") -> dict[str, Any]:
         "kernels": native.describe(device, dtype),
         "memory_bandwidth_gb_per_s": memory_bandwidth(device) / 1e9,
         "matmul_gflops": {
-            dtype_name(kind): matmul_flops(device, kind) / 1e9 for kind in (torch.float32, torch.bfloat16)
+            dtype_name(kind): product_flops(device, kind) / 1e9 for kind in (torch.float32, torch.bfloat16)
         },
     }
     cache = _cache()
@@ -84,12 +84,6 @@ def memory_bandwidth(device: torch.device) -> float:
     if device.type == "cpu" and (kernels := native.library()) is not None:
         ways.append(partial(native.Panels(kernels, data, None).multiply, data[:1]))
     return data.nbytes / min(seconds_of(way, device) for way in ways for _ in range(10))
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Return measured floating-point operations a second of a square matrix product."""
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / seconds_of(lambda: left @ left, device, repeats=7)
 
 
 def _cache() -> dict[str, Any]:
